@@ -1,0 +1,75 @@
+"""The cache folder, and how a folder appears in it: whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_STALE_SECONDS = 24 * 3600
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloads and conversions; it need not exist yet.
+
+    Returns:
+        `$LORA_CACHE_DIR` if set and not empty, else `.lora_cache` in the current folder; absolute.
+    """
+    configured = os.environ.get("LORA_CACHE_DIR", "")
+    return Path(configured or ".lora_cache").expanduser().absolute()
+
+
+@contextlib.contextmanager
+def atomic_folder(destination: Path) -> Iterator[Path]:
+    """Yield a new empty folder that becomes `destination` when the block ends without an error.
+
+    The new folder is a hidden sibling of `destination`, so the last step is one rename: a kill in
+    the middle leaves no half-filled `destination`. When two processes fill the same `destination`,
+    the first to end wins and the other drops its copy. After an error the new folder is removed.
+
+    Args:
+        destination: the folder to make; its parents are made too. An empty folder may stand there.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        OSError: the parent folder cannot be made or written, or the disk is full.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{destination.name}.tmp-"
+    _remove_stale(destination.parent, prefix)
+    work = Path(tempfile.mkdtemp(prefix=f"{prefix}{socket.gethostname()}-", dir=destination.parent))
+    try:
+        # mkdtemp gives 0700; a cache shared by a group needs what mkdir would have given
+        work.chmod(0o777 & ~_umask())
+        yield work
+        try:
+            work.rename(destination)
+        except OSError:
+            if not _is_filled(destination):
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _umask() -> int:
+    # the only portable way to read it is to set it; nothing else runs between the two calls
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _remove_stale(parent: Path, prefix: str) -> None:
+    """Remove what killed processes left; a living one writes files, so its folder is young."""
+    for left in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
