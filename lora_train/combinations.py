@@ -1,0 +1,104 @@
+"""Options that do not combine, told from the configuration alone: no torch, no model, no GPU."""
+
+from __future__ import annotations
+
+from lora_train.config import Config
+
+
+def conflicts(config: Config) -> list[str]:
+    """Return one message per pair of options that do not combine, with the reason.
+
+    Args:
+        config: a whole run; each value is already valid on its own.
+
+    Returns:
+        Messages that begin with the dotted names they are about; empty when all combine.
+    """
+    return [*_start_conflicts(config), *_optimizer_conflicts(config), *_model_conflicts(config)]
+
+
+def _start_conflicts(config: Config) -> list[str]:
+    peft, found = config.peft, []
+    is_nf4 = config.model.quantization == "nf4"
+    if peft.init in ("pissa", "olora") and is_nf4:
+        found.append(
+            f"peft.init={peft.init} with model.quantization=nf4: it takes a product out of the "
+            "base weights, which nf4 would round anew; use peft.init=loftq, or no quantization"
+        )
+    if peft.init == "loftq" and not is_nf4:
+        found.append(
+            "peft.init=loftq without model.quantization=nf4: it makes up for what nf4 loses; "
+            "set model.quantization=nf4, or another start"
+        )
+    if peft.init == "loftq" and config.model.allow_pickle:
+        found.append(
+            "peft.init=loftq with model.allow_pickle=true: it reads the original weights one by "
+            "one, which only safetensors allow"
+        )
+    if peft.init == "loftq" and peft.use_dora:
+        found.append(
+            "peft.init=loftq with peft.use_dora=true: DoRA's magnitudes are those of the base "
+            "weights, and LoftQ's start is not"
+        )
+    if peft.init == "orthogonal" and _odd_ranks(config):
+        found.append(
+            f"peft.init=orthogonal with rank {', '.join(map(str, _odd_ranks(config)))} in peft.dim "
+            "or peft.rank_pattern: it pairs the rows of A, so ranks are even"
+        )
+    if peft.init in ("pissa", "olora", "loftq", "orthogonal") and peft.dropout > 0:
+        found.append(
+            f"peft.init={peft.init} with peft.dropout={peft.dropout:g}: the start is part of the "
+            "base model's answer, which dropout would tear apart; set peft.dropout=0"
+        )
+    return found
+
+
+def _optimizer_conflicts(config: Config) -> list[str]:
+    optim, found = config.optim, []
+    ratio = optim.loraplus_lr_ratio
+    if ratio is not None and config.peft.use_dora:
+        found.append(
+            f"optim.loraplus_lr_ratio={ratio:g} with peft.use_dora=true: DoRA's magnitudes would "
+            "be trained at B's learning rate, which is that ratio too high for them"
+        )
+    warmup, max_steps = optim.lr_scheduler.warmup_steps, config.trainer.max_steps
+    if warmup is not None and max_steps is not None and warmup >= max_steps:
+        found.append(
+            f"optim.lr_scheduler.warmup_steps={warmup} with trainer.max_steps={max_steps}: "
+            "the learning rate would never reach optim.lr"
+        )
+    min_lr = optim.lr_scheduler.min_lr
+    if min_lr is not None and min_lr > optim.lr:
+        found.append(
+            f"optim.lr_scheduler.min_lr={min_lr:g} with optim.lr={optim.lr:g}: "
+            "the end is above the peak"
+        )
+    if min_lr is not None and optim.lr_scheduler.name != "cosine":
+        found.append(
+            f"optim.lr_scheduler.min_lr={min_lr:g} with optim.lr_scheduler.name="
+            f"{optim.lr_scheduler.name}: only cosine ends there"
+        )
+    return found
+
+
+def _model_conflicts(config: Config) -> list[str]:
+    found = []
+    saved = set(config.peft.modules_to_save)
+    targets = config.peft.target_modules
+    both = sorted(saved & set(targets)) if not isinstance(targets, str) else []
+    if both:
+        found.append(
+            f"peft.modules_to_save and peft.target_modules both name {', '.join(both)}: "
+            "a module is either trained in full or gets an adapter"
+        )
+    if config.model.revision is not None and config.model.path.endswith(".gguf"):
+        found.append(
+            f"model.revision={config.model.revision} with model.path={config.model.path}: "
+            "a file has no revisions"
+        )
+    return found
+
+
+def _odd_ranks(config: Config) -> list[int]:
+    ranks = {config.peft.dim, *config.peft.rank_pattern.values()}
+    return sorted(rank for rank in ranks if rank % 2)
