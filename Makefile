@@ -13,6 +13,8 @@ UV_VERSION := 0.13.9
 # a folder of the caller's that happens to be named like a package must not be imported instead
 export PYTHONSAFEPATH := 1
 export PYTHONNOUSERSITE := 1
+# torch's threads wait asleep, not spinning: the tests start processes beside each other
+export GOMP_SPINCOUNT ?= 10000
 export TORCH_VERSION TORCH_CUDA TORCH_INDEX
 
 VENV_STAMP := $(VENV)/.stamp-venv

@@ -134,9 +134,10 @@ def _train(words: Sequence[str]) -> int:
             file=sys.stderr,
         )
 
-    # Threads that wait by spinning steal the core of whatever else runs: 20 steps of the quickstart on
-    # 2 cores beside one other busy process took over 200 s spinning, 68 s sleeping. Read by OpenMP once.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by OpenMP once, when torch is imported: how long a waiting thread spins before it sleeps.
+    # libgomp's own count lets it take the core of whatever else runs: 5 steps of the quickstart on 2
+    # cores beside one busy process took over 100 s, with this count 28 s; alone 17 s and 16 s.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from lora_train.run import run  # imports torch, only now
 
     return run(config, argv=["lora-train", *words])

@@ -1,0 +1,92 @@
+"""Answers generated for held-out examples, compared with their references."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_train.data.held_out import HeldOutExample
+from lora_train.generation import generate_answers
+from lora_train.stop_signals import StopSignals
+
+
+@dataclass(frozen=True)
+class AnswerReport:
+    """Generated answers and their score."""
+
+    answers: list[str]
+    exact_match: float
+    """Share of answers equal to the reference, 0 to 1."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"exact_match": self.exact_match, "answers": self.answers}
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> AnswerReport:
+        """The inverse of `to_dict`."""
+        return cls(answers=tree["answers"], exact_match=tree["exact_match"])
+
+
+def answer_held_out(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[HeldOutExample],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: StopSignals,
+) -> AnswerReport | None:
+    """Answer the examples greedily and score them.
+
+    Args:
+        model: the model, with or without its adapter.
+        tokenizer: the model's tokenizer.
+        examples: at least one.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: examples generated at once.
+        stop: gives up between two batches when a stop was requested.
+
+    Returns:
+        The answers in the order of the examples; None after a requested stop.
+    """
+    answers: list[str] = []
+    for start in range(0, len(examples), batch_size):
+        if stop.requested:
+            return None
+        answers += generate_answers(
+            model,
+            tokenizer,
+            [example.prompt_ids for example in examples[start : start + batch_size]],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+    equal = [
+        is_exact_match(answer, example.reference)
+        for answer, example in zip(answers, examples, strict=True)
+    ]
+    return AnswerReport(answers=answers, exact_match=sum(equal) / len(equal))
+
+
+def is_exact_match(answer: str, reference: str) -> bool:
+    """Whether an answer equals the reference: as JSON where the reference is a JSON object or list.
+
+    Args:
+        answer: what the model wrote.
+        reference: what it should have written.
+    """
+    answer, reference = answer.strip(), reference.strip()
+    try:
+        expected = json.loads(reference)
+    except json.JSONDecodeError:
+        return answer == reference
+    if not isinstance(expected, dict | list):
+        return answer == reference
+    try:
+        return bool(json.loads(answer) == expected)
+    except json.JSONDecodeError:
+        return False

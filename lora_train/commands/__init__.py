@@ -1,0 +1,1 @@
+"""The commands of `lora-train`, one module each, with `run(argv) -> exit status`."""

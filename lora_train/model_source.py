@@ -1,0 +1,233 @@
+"""Where a base model comes from: a folder, the hub, a GGUF file, or the embedded one.
+
+Everything that can be wrong with it and shows without loading weights is refused here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
+
+from lora_train.config import ModelConfig
+from lora_train.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SAFE_WEIGHTS = ("*.safetensors",)
+_PICKLED_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth")
+
+
+def resolve_model(config: ModelConfig) -> str:
+    """Return the local folder, or the hub name, that transformers is to load from.
+
+    A GGUF file is converted once, into the cache folder under its own hash.
+
+    Args:
+        config: the section that names it.
+
+    Returns:
+        What `from_pretrained` takes as its first argument.
+
+    Raises:
+        UserError: `model.path` is a path, and nothing usable stands there.
+    """
+    reference = config.path
+    if reference.startswith("embedded:"):
+        from lora_train.quickstart import embedded_path
+
+        try:
+            return str(embedded_path(reference))
+        except ValueError as error:
+            raise UserError(f"model.path={reference}: {error}") from error
+    path = Path(reference).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(_converted(path))
+    if path.is_dir():
+        _check_folder(path, config)
+        return str(path)
+    if path.is_file():
+        raise UserError(
+            f"model.path={reference} is a file that is not .gguf",
+            hint=f"name its folder: model.path={path.parent}",
+        )
+    is_path = reference.startswith((".", "/", "~")) or path.suffix == ".gguf"
+    # `models/llama` beside a folder `models` is a path with a typo, not an organization
+    is_path = is_path or (path.parent != Path(".") and path.parent.is_dir())
+    if is_path or not _HUB_NAME.fullmatch(reference):
+        raise UserError(f"model.path={reference}: no such file or folder{_nearest(path)}")
+    return reference
+
+
+def read_config_dict(source: str, config: ModelConfig) -> dict[str, Any]:
+    """Return the model's config.json, without running any code.
+
+    Args:
+        source: what `resolve_model` returned.
+        config: the section that names it.
+
+    Returns:
+        The content of config.json.
+
+    Raises:
+        UserError: there is none, or it names a model that cannot be loaded as configured.
+    """
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(source, revision=config.revision)
+    except Exception as error:
+        raise loading_error(error, config) from error
+    model_type = found.get("model_type")
+    known = model_type in CONFIG_MAPPING
+    if "auto_map" in found and not known and not config.trust_remote_code:
+        raise UserError(
+            f"model.path={config.path} brings its own Python code "
+            f"({', '.join(sorted(map(str, found['auto_map'].values())))})",
+            hint="read that code, then set model.trust_remote_code=true to run it",
+        )
+    if not known and "auto_map" not in found:
+        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        meant = f"; the nearest it knows is {close[0]}" if close else ""
+        raise UserError(
+            f"model.path={config.path}: transformers {__version__} knows no model type "
+            f"{model_type!r}{meant}",
+            hint="choose another model, or an image with a newer transformers",
+        )
+    quantization = found.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown method")
+        raise UserError(
+            f"model.path={config.path} is already quantized ({method})",
+            hint="name the unquantized model, and set model.quantization=nf4 for 4 bit",
+        )
+    return found
+
+
+def loading_error(error: BaseException, config: ModelConfig) -> UserError:
+    """Return what a failure to fetch or read the model means to the user."""
+    where = f"model.path={config.path}"
+    chain = list(_chain(error))
+    kinds = tuple(type(link) for link in chain)
+
+    def raised(*types: type[BaseException]) -> bool:
+        return any(issubclass(kind, types) for kind in kinds)
+
+    if raised(GatedRepoError) or "gated repo" in str(error):
+        return UserError(
+            f"{where} is a gated repository, and {_token_state()}",
+            hint=f"accept its terms on https://huggingface.co/{config.path}, then give HF_TOKEN",
+        )
+    if raised(RevisionNotFoundError):
+        return UserError(
+            f"{where} has no revision {config.revision!r}",
+            hint="model.revision is a branch, a tag or a whole commit hash",
+        )
+    if raised(RepositoryNotFoundError, HFValidationError):
+        return UserError(
+            f"{where} is neither a folder here nor a repository on the hub that can be seen; "
+            f"{_token_state()}",
+            hint="check the name (org/name); a private repository needs HF_TOKEN",
+        )
+    if raised(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError) or (
+        "couldn't connect" in str(error) or "offline mode" in str(error)
+    ):
+        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        hub_cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        return UserError(
+            f"{where} is not in the hub cache ({hub_cache}), and {why}",
+            hint="on a node with network, once and with the same HF_HOME: "
+            f"HF_HUB_OFFLINE=0 hf download {config.path}"
+            + (f" --revision {config.revision}" if config.revision else ""),
+        )
+    if not config.allow_pickle and (
+        raised(EntryNotFoundError) or "safetensors" in str(error).lower()
+    ):
+        return _pickle_error(where)
+    last = chain[-1]
+    return UserError(f"{where} cannot be loaded: {type(last).__name__}: {last}")
+
+
+def _chain(error: BaseException | None) -> Any:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _token_state() -> str:
+    return "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set"
+
+
+def _check_folder(folder: Path, config: ModelConfig) -> None:
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"model.path={folder} holds an adapter, not a base model",
+                hint="name the base model in model.path",
+            )
+        gguf = sorted(folder.glob("*.gguf"))
+        hint = f"model.path={gguf[0]}" if gguf else "name the folder that holds config.json"
+        raise UserError(f"model.path={folder} has no config.json", hint=hint)
+    if any(any(folder.glob(pattern)) for pattern in _SAFE_WEIGHTS):
+        return
+    pickled = any(any(folder.glob(pattern)) for pattern in _PICKLED_WEIGHTS)
+    if not pickled:
+        raise UserError(
+            f"model.path={folder} has no weights (*.safetensors)",
+            hint="was the download cut short? fetch the model again",
+        )
+    if not config.allow_pickle:
+        raise _pickle_error(f"model.path={folder}")
+
+
+def _pickle_error(where: str) -> UserError:
+    return UserError(
+        f"{where} has no safetensors, only pickled weights (.bin), which can run code when loaded",
+        hint="if you trust where they come from, set model.allow_pickle=true",
+    )
+
+
+def _nearest(path: Path) -> str:
+    """Return `; did you mean ...` for the sibling whose name is nearest, or nothing."""
+    parent = path.parent
+    if not parent.is_dir():
+        existing = next((folder for folder in parent.parents if folder.is_dir()), parent)
+        return f"; {existing} exists, {parent} does not"
+    names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {parent / close[0]}?" if close else ""
+
+
+@functools.cache
+def _converted(gguf_file: Path) -> Path:
+    """Return the Hugging Face folder made from a GGUF file, making it if absent."""
+    from lora_train.gguf_conversion import gguf_to_hf
+    from lora_train.paths import atomic_folder, cache_dir
+
+    with gguf_file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache_dir() / "gguf" / digest
+    if not folder.is_dir():
+        logger.info("converting %s to bf16 safetensors in %s", gguf_file, folder)
+        try:
+            with atomic_folder(folder) as work:
+                gguf_to_hf(gguf_file, work)
+        except ValueError as error:
+            raise UserError(f"model.path={gguf_file}: {error}") from error
+    return folder

@@ -1,0 +1,199 @@
+"""The run directory: where it lies, whether it may be gone on with, and what it records of the run.
+
+runs/NAME/  config.yaml  environment.json  train.log  metrics.jsonl  checkpoints/  adapter/
+summary.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lora_train import __version__
+from lora_train.checkpoint import Checkpoint, newest_complete
+from lora_train.config import Config
+from lora_train.config_loading import read_yaml, to_tree, to_yaml
+from lora_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# a change of these would make the checkpoint another run's: other weights, other data, other order
+_FIXED = (
+    "model.path", "model.revision", "model.quantization", "model.chat_template", "peft.",
+    "data.path", "data.subset", "data.revision", "data.train_split", "data.format",
+    "data.train_on", "data.add_bos", "data.seq_length", "data.packed_sequence", "data.overlong",
+    "data.global_batch_size", "data.validation_size", "optim.name", "optim.loraplus_lr_ratio",
+    "trainer.seed",
+)  # fmt: skip
+# these say nothing about the steps
+_FREE = ("log.", "resume.", "trainer.devices", "trainer.num_nodes")
+_RECORDED_VARIABLES = ("SLURM_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+_PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "datasets",
+    "tokenizers",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class RunDirectory:
+    """An opened run directory: checked against the configuration and locked."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+    lock: FileLock
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the finished adapter."""
+        return self.path / "adapter"
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run, or None when it is not there (yet)."""
+        file = self.path / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file of the run, whole or not at all."""
+        unfinished = self.path / f".{name}"
+        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(self.path / name)
+
+    def record_start(self, config: Config, argv: Sequence[str], device: str) -> None:
+        """Write config.yaml and environment.json: what made this run."""
+        (self.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        self.write_json(
+            "environment.json",
+            {
+                "command": list(argv),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "lora_train": __version__,
+                "python": sys.version.split()[0],
+                "packages": {name: _version(name) for name in _PACKAGES},
+                "device": device,
+                "host": platform.node(),
+                "variables": {
+                    name: value
+                    for name, value in sorted(os.environ.items())
+                    if name.startswith(_RECORDED_VARIABLES)
+                },
+            },
+        )
+
+
+def open_run_directory(config: Config, *, main_process: bool = True) -> RunDirectory:
+    """Find the run directory, lock it, and decide whether and from where to go on.
+
+    Args:
+        config: the validated configuration.
+        main_process: whether this process writes; others only read.
+
+    Returns:
+        The directory with its newest complete checkpoint, if any; release its lock at the end.
+
+    Raises:
+        UserError: not writable, in use by another process, not a run directory, or made with
+            settings that this configuration contradicts.
+    """
+    name = config.log.name or "run"
+    path = Path(config.log.log_dir) / name
+    if config.resume.mode == "never":
+        path = _first_unused(path)
+    if main_process:
+        _check_writable(path)
+        if path.exists() and not (path / "config.yaml").exists() and any(path.iterdir()):
+            entries = sorted(entry.name for entry in path.iterdir())
+            if entries != [".lock"]:
+                raise UserError(
+                    f"{path} is not a run directory: it holds {', '.join(entries[:4])} "
+                    "and no config.yaml",
+                    hint="log.name=ANOTHER_NAME, or --resume never for a new directory",
+                )
+        path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    if main_process:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"{path} is in use by another lora-train",
+                hint="wait for it, or log.name=ANOTHER_NAME for a second run beside it",
+            ) from error
+    checkpoint = newest_complete(path / "checkpoints")
+    if (path / "config.yaml").exists() and checkpoint is not None:
+        _compare(config, path, checkpoint)
+    return RunDirectory(path, checkpoint, lock)
+
+
+def _compare(config: Config, path: Path, checkpoint: Checkpoint) -> None:
+    """Refuse settings that contradict the checkpoint; say which others changed."""
+    before, now = _flat(read_yaml(path / "config.yaml")), _flat(to_tree(config))
+    changed = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(_FREE)
+    ]
+    contradicting = [line for line in changed if line.startswith(_FIXED)]
+    if contradicting:
+        raise UserError(
+            f"{path} holds a run of {checkpoint.step} steps made with other settings:\n  "
+            + "\n  ".join(contradicting),
+            hint="--resume never starts over in a new directory; log.name=ANOTHER_NAME names it",
+        )
+    for line in changed:
+        log.warning("changed since step %d: %s", checkpoint.step, line)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _first_unused(path: Path) -> Path:
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _check_writable(path: Path) -> None:
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x" * 4096)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run directory {path}: {error.strerror} ({folder})",
+            hint="log.log_dir=FOLDER names one on project or scratch storage",
+        ) from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

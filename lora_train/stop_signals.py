@@ -1,0 +1,49 @@
+"""Signals that ask the run to stop: noted at once, acted on at the next step boundary."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType, TracebackType
+
+log = logging.getLogger(__name__)
+
+# SIGTERM: scancel, preemption, the time limit. SIGINT: Ctrl-C. SIGUSR1: sbatch --signal=USR1@300.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Context in which the stop signals set `requested` instead of ending the process.
+
+    A second Ctrl-C does not wait for the step: it raises KeyboardInterrupt. The handlers that were
+    there before come back at the end.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.requested is None:
+            self.requested = signal.Signals(number)
+            log.warning(
+                "%s: stopping after this step, with a checkpoint%s",
+                self.requested.name,
+                " (Ctrl-C again: at once, without)" if number == signal.SIGINT else "",
+            )

@@ -1,0 +1,94 @@
+"""The end of a run as a person reads it: what was gained, where it lies, what to try next."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lora_train.progress import format_seconds
+
+_SAMPLES = 3
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """Print the summary that `summary.json` holds.
+
+    Args:
+        console: where to.
+        summary: as `run.py` writes it.
+    """
+    parts: list[Any] = [_figures(summary)]
+    samples = summary["samples"][:_SAMPLES]
+    if samples:
+        parts += [Text(), Text("held-out examples", style="bold"), *map(_sample, samples)]
+    parts += [Text(), _next_steps(summary)]
+    title = (
+        f"{summary['name']}: {summary['steps']} steps in {format_seconds(summary['train_seconds'])}"
+    )
+    console.print(
+        Panel(Group(*parts), title=title, title_align="left", expand=False, padding=(1, 2))
+    )
+
+
+def _figures(summary: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    before, after = summary["before"], summary["after"]
+    if after.get("val_loss") is not None:
+        table.add_row("held-out loss", _number(before.get("val_loss")), _number(after["val_loss"]))
+    if after.get("exact_match") is not None:
+        count = summary["num_generate"]
+        table.add_row(
+            f"exact match ({count} held-out)",
+            _percent(before.get("exact_match")),
+            _percent(after["exact_match"]),
+        )
+    table.add_row("training loss", _number(summary["first_loss"]), _number(summary["last_loss"]))
+    return table
+
+
+def _sample(sample: dict[str, str]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("  asked", Text(sample["prompt"]))
+    table.add_row("  before", Text(_shorten(sample["before"])))
+    good = sample["after_is_exact"]
+    table.add_row("  after", Text(_shorten(sample["after"]), style="green" if good else "yellow"))
+    if not good:
+        table.add_row("  right", Text(_shorten(sample["reference"])))
+    table.add_row()
+    return table
+
+
+def _next_steps(summary: dict[str, Any]) -> Table:
+    run = shlex.quote(summary["run_directory"])
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("adapter", f"{summary['run_directory']}/adapter  (plain PEFT format)")
+    table.add_row("try it", Text(f"lora-train generate {run}", style="bold"))
+    if summary["name"] == "quickstart":
+        table.add_row("your data", "lora-train data.path=chats.jsonl log.name=mine")
+        table.add_row("a large model", "lora-train --factory llama31_8b --max-steps 250")
+    return table
+
+
+def _shorten(text: str, limit: int = 240) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -1,0 +1,374 @@
+"""The training loop: one step sums over micro-batches and divides by all supervised tokens.
+
+    loss = sum over supervised tokens of the global batch of -log p(token) / number of those tokens
+
+The number is known before the forward passes (the schedule is a function of the step), so every
+micro-batch is divided by it at once and the gradients of any split, over micro-batches or
+processes, simply add up.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from lora_train.adapter import save_adapter
+from lora_train.attention import packing_kwargs
+from lora_train.checkpoint import delete_old, write_checkpoint
+from lora_train.config import Config
+from lora_train.data.batches import Batch, BatchSchedule, collate
+from lora_train.data.prepared import PreparedData
+from lora_train.errors import RunError
+from lora_train.metrics import MetricsLog
+from lora_train.progress import Progress
+from lora_train.run_directory import RunDirectory
+from lora_train.stop_signals import StopSignals
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy summed over the supervised tokens of one micro-batch.
+
+    Only the positions that predict a supervised token go through the language-model head.
+
+    Args:
+        model: a causal language model of transformers, with or without a PEFT adapter.
+        batch: one padding-free row, on the model's device.
+
+    Returns:
+        Scalar, fp32, in nats.
+    """
+    attention: str = model.config._attn_implementation  # type: ignore[union-attr, assignment]
+    logits = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.predicting,
+        use_cache=False,
+        **packing_kwargs(attention, batch.cu_seqlens, batch.max_seqlen),
+    ).logits
+    targets = batch.labels[0, batch.predicting + 1]
+    return nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+
+
+class Trainer:
+    """Trains the adapter of one model on prepared data, from any step to the last.
+
+    Args:
+        config: the run's configuration.
+        model: a PEFT model on the accelerator's device; parameters that require a gradient are
+            trained.
+        data: tokenized and packed examples.
+        schedule: which packs each step sees.
+        optimizer: over the trainable parameters.
+        scheduler: learning rate, stepped once per optimizer step.
+        accelerator: precision, devices, trackers.
+        max_steps: optimizer steps of the whole run.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        model: nn.Module,
+        data: PreparedData,
+        schedule: BatchSchedule,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        accelerator: Accelerator,
+        max_steps: int,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.data = data
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.accelerator = accelerator
+        self.max_steps = max_steps
+        self.step = 0
+        self.schedule = schedule
+        self.trainable = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    # --- one step -------------------------------------------------------------------------------
+
+    def train_step(self) -> StepResult:
+        """Do one optimizer step on the next global batch.
+
+        Raises:
+            RunError: loss or gradients are not finite (the weights are left as they were), or a
+                lora_B got no gradient in the first step.
+
+        Returns:
+            Loss, gradient norm before clipping, and token counts, over all processes.
+        """
+        parameters = list(self.trainable.values())
+        batches = self._global_batch()
+        supervised = sum(batch.num_supervised for batch in batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
+            with self.accelerator.autocast():
+                loss = loss_sum(self.model, batch.to(self.accelerator.device)) / supervised
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._sum_over_processes([*gradients, total])
+        if self.step == 0:
+            self._check_gradients_flow()
+        clip = self.config.trainer.gradient_clip_val
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        loss_value, norm_value = torch.stack([total, norm]).tolist()
+        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+            raise RunError(
+                f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}: not finite",
+                hint="the weights before this step are kept; go on from there by the same command with a "
+                "lower optim.lr",
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        tokens = sum(batch.input_ids.numel() for batch in batches)
+        return StepResult(loss_value, norm_value, tokens, supervised)
+
+    def _global_batch(self) -> list[Batch]:
+        """The micro-batches of all processes, on the CPU: each process counts all the tokens."""
+        pack_ids = self.schedule.pack_ids(self.step)
+        size = self.config.data.micro_batch_size
+        return [
+            collate(self.data.train, self.data.train_packs, pack_ids[start : start + size])
+            for start in range(0, len(pack_ids), size)
+        ]
+
+    def _sum_over_processes(self, tensors: list[Tensor]) -> None:
+        """Sum gradients and loss over the processes, in place, as one flat fp32 buffer."""
+        if self.accelerator.num_processes == 1:
+            return
+        buffer = _flatten_dense_tensors([tensor.float() for tensor in tensors])
+        torch.distributed.all_reduce(buffer)
+        for tensor, summed in zip(tensors, _unflatten_dense_tensors(buffer, tensors), strict=True):
+            tensor.copy_(summed)
+
+    def _check_gradients_flow(self) -> None:
+        """Refuse to go on when the first backward pass left a lora_B without a gradient."""
+        silent = [
+            name
+            for name, parameter in self.trainable.items()
+            if ".lora_B." in name and (parameter.grad is None or not parameter.grad.any())
+        ]
+        if silent:
+            raise RunError(
+                f"no gradient reaches {len(silent)} of the adapter's matrices, first {silent[0]}",
+                hint="these would never learn: leave modules that the forward pass does not use out "
+                "of peft.target_modules",
+            )
+
+    # --- validation -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self, stop: StopSignals | None = None) -> dict[str, float] | None:
+        """Mean loss per supervised token of the validation packs, normalized as in training.
+
+        Args:
+            stop: gives up between two micro-batches when a stop was requested.
+
+        Returns:
+            `val_loss` in nats, `val_perplexity`, `val_tokens`; None when there is nothing to
+            validate on or a stop was requested.
+        """
+        packs, examples = self.data.validation_packs, self.data.validation
+        if packs is None or examples is None or self.config.trainer.limit_val_batches == 0:
+            return None
+        accelerator, size = self.accelerator, self.config.data.micro_batch_size
+        ids = np.arange(len(packs))
+        rows = [ids[start : start + size] for start in range(0, len(ids), size)]
+        if self.config.trainer.limit_val_batches is not None:
+            rows = rows[: self.config.trainer.limit_val_batches * accelerator.num_processes]
+        self.model.eval()
+        total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+        tokens = 0
+        stopped = False
+        for row in rows[accelerator.process_index :: accelerator.num_processes]:
+            if stop is not None and stop.requested:
+                stopped = True
+                break
+            batch = collate(examples, packs, row).to(accelerator.device)
+            with accelerator.autocast():
+                total += loss_sum(self.model, batch)
+            tokens += batch.num_supervised
+        self.model.train()
+        sums = torch.tensor([total.item(), tokens, stopped], dtype=torch.float64)
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+        if sums[2] > 0 or sums[1] == 0:
+            return None
+        loss = float(sums[0] / sums[1])
+        return {
+            "val_loss": loss,
+            "val_perplexity": math.exp(min(loss, 700.0)),
+            "val_tokens": int(sums[1]),
+        }
+
+    # --- the run --------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        run_directory: RunDirectory,
+        metrics: MetricsLog,
+        progress: Progress,
+        stop: StopSignals,
+    ) -> bool:
+        """Train up to `max_steps`, validating and saving on the way.
+
+        Args:
+            run_directory: where checkpoints go.
+            metrics: gets every step and validation.
+            progress: shows them.
+            stop: asked between steps, and between the batches of a validation.
+
+        Returns:
+            Whether the last step was reached; False: stopped on request, with a checkpoint written.
+
+        Raises:
+            RunError: see `train_step`, and a checkpoint that could not be written.
+        """
+        trainer = self.config.trainer
+        validate_every = trainer.val_check_interval or max(1, round(self.max_steps / 10))
+        save_every = self.config.log.ckpt.every_n_train_steps
+        self.model.train()
+        while True:
+            due = self.step % validate_every == 0 or self.step == self.max_steps
+            if due and self.step not in metrics.validated and not self._stop_agreed(stop):
+                validation = self.validate(stop)
+                if validation is not None:
+                    metrics.write(self.step, validation)
+                    progress.validated(self.step, validation["val_loss"])
+            if self._stop_agreed(stop):
+                self.save(run_directory)
+                return False
+            if self.step >= self.max_steps:
+                return True
+
+            random_state = _random_state()
+            begun = time.perf_counter()
+            try:
+                result = self.train_step()
+            except RunError:
+                if self.step > 0:  # the weights are still those after the last good step
+                    self.save(run_directory, random_state)
+                raise
+            seconds = time.perf_counter() - begun
+            self._report(result, seconds, metrics, progress)
+            if (save_every and self.step % save_every == 0) or self.step == self.max_steps:
+                self.save(run_directory)
+
+    def _report(
+        self, result: StepResult, seconds: float, metrics: MetricsLog, progress: Progress
+    ) -> None:
+        values: dict[str, Any] = {
+            "loss": result.loss,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "grad_norm": result.grad_norm,
+            "epoch": self.schedule.epoch(self.step),
+            "tokens": result.tokens,
+            "supervised_tokens": result.supervised_tokens,
+            "step_time_seconds": seconds,
+            "tokens_per_second": result.tokens / seconds,
+        }
+        if self.accelerator.device.type == "cuda":
+            values["max_memory_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        every = self.config.trainer.log_every_n_steps
+        if self.step % every == 0 or self.step in (1, self.max_steps):
+            metrics.write(self.step, values)
+        progress.step(self.step, values)
+
+    def _stop_agreed(self, stop: StopSignals) -> bool:
+        """Whether any process was asked to stop; all get the same answer."""
+        if self.accelerator.num_processes == 1:
+            return stop.requested is not None
+        flag = torch.tensor(float(stop.requested is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def save(self, run_directory: RunDirectory, random_state: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of the current step, then delete the ones too many.
+
+        Args:
+            run_directory: where it goes.
+            random_state: of this process when the step began; None: as it is now.
+
+        Raises:
+            RunError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        from accelerate.utils import gather_object
+
+        random_states = gather_object([random_state or _random_state()])
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": random_states,
+        }
+        try:
+            write_checkpoint(
+                run_directory.checkpoints,
+                self.step,
+                state=state,
+                save_adapter=lambda folder: save_adapter(self.model, folder),
+            )
+        except OSError as error:
+            kept = run_directory.path / "checkpoints"
+            raise RunError(
+                f"cannot write the checkpoint of step {self.step}: {error.strerror or error}",
+                hint=f"the earlier checkpoints in {kept} are whole; make room, then give the same "
+                "command again",
+            ) from error
+        delete_old(run_directory.checkpoints, self.config.log.ckpt.keep_last)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to the optimizer, schedule, random numbers and data position that `save` wrote.
+
+        The weights come back when the adapter is attached (`attach_adapter(resume_from=...)`).
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step = state["step"]
+        random_states = state["random"]
+        if len(random_states) == self.accelerator.num_processes:
+            _set_random_state(random_states[self.accelerator.process_index])
+
+
+def _random_state() -> dict[str, Any]:
+    """State of the generators that training draws from: dropout (torch, CPU and this GPU)."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

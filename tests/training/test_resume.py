@@ -1,0 +1,398 @@
+"""A run that was stopped, killed or starved goes on as if nothing had happened: N + N = 2N."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_train import checkpoint as checkpoint_module
+from lora_train.config import Config
+from lora_train.errors import RunError, UserError
+from lora_train.metrics import read_metrics
+from lora_train.run import run
+
+Start = Callable[..., "subprocess.Popen[str]"]
+# what the machine did, not what was computed
+MEASURED = ("step_time_seconds", "tokens_per_second", "max_memory_allocated_bytes")
+
+
+def final_state(folder: Path, step: int = 8) -> dict[str, Any]:
+    """What must be equal to the bit: weights, optimizer, schedule, generators, metrics."""
+    checkpoint = folder / "checkpoints" / f"step-{step:06d}"
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    rows = read_metrics(folder / "metrics.jsonl")
+    return {
+        "weights": load_file(folder / "adapter" / "adapter_model.safetensors"),
+        "optimizer": state["optimizer"],
+        "scheduler": state["scheduler"],
+        "random": state["random"],
+        "metrics": [{key: row[key] for key in row if key not in MEASURED} for row in rows],
+    }
+
+
+def assert_same(found: Any, expected: Any, place: str = "") -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), place
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), place
+        for key in expected:
+            assert_same(found[key], expected[key], f"{place}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), place
+        for n, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same(one, other, f"{place}/{n}")
+    else:
+        assert found == expected, place
+
+
+@pytest.fixture
+def uninterrupted(config_of: Callable[..., Config], tmp_path: Path) -> dict[str, Any]:
+    """The end of the same run in one go, in another folder."""
+    config = config_of(f"log.log_dir={tmp_path / 'whole'}")
+    assert run(config, argv=[]) == 0
+    return final_state(tmp_path / "whole" / "tiny")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_bf16_on_a_gpu(config_of: Callable[..., Config], tmp_path: Path) -> None:
+    """bf16 autocast and the varlen flash kernel: two runs are equal, and so is one in two parts."""
+    options = ("trainer.precision=bf16", "log.ckpt.keep_last=9")
+    for name in ("one", "two", "parts"):
+        assert run(config_of(*options, f"log.name={name}"), argv=[]) == 0
+    whole = final_state(tmp_path / "runs" / "one")
+    assert_same(final_state(tmp_path / "runs" / "two"), whole)
+    parts = tmp_path / "runs" / "parts"
+    for step in (8, 6):
+        shutil.rmtree(parts / "checkpoints" / f"step-{step:06d}")
+    (parts / "summary.json").unlink()
+    assert run(config_of(*options, "log.name=parts"), argv=[]) == 0
+    assert_same(final_state(parts), whole)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(row["step"] >= step for row in read_metrics(folder / "metrics.jsonl")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+# a pause in each step, so that the signal arrives between the first and the last
+SLOWLY = """
+import time
+from lora_train.trainer import Trainer
+step = Trainer.train_step
+Trainer.train_step = lambda self: (time.sleep(0.3), step(self))[1]
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_stopped_and_gone_on_with(
+    lora_train: Start,
+    config_of: Callable[..., Config],
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+    number: signal.Signals,
+) -> None:
+    folder = tmp_path / "runs" / "tiny"
+    process = lora_train("log.ckpt.every_n_train_steps=null", code=SLOWLY)
+    wait_for_step(folder, 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert f"{number.name}: stopping after this step, with a checkpoint" in errors
+    assert "the same command goes on from" in errors
+    [saved] = (folder / "checkpoints").iterdir()
+    assert 3 <= int(saved.name[5:]) < 8
+    assert not (folder / "adapter").exists()
+
+    assert run(config_of("log.ckpt.every_n_train_steps=null"), argv=[]) == 0
+    assert_same(final_state(folder), uninterrupted)
+
+
+def test_killed_in_mid_save(
+    lora_train: Start,
+    config_of: Callable[..., Config],
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """SIGKILL after the files of step 4 are written, before they are renamed."""
+    die = """
+import os, signal
+from lora_train import checkpoint
+sync = checkpoint._sync
+def die(path):
+    if "writing-step-000004" in str(path) and path.name == "complete.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(path)
+checkpoint._sync = die
+"""
+    folder = tmp_path / "runs" / "tiny"
+    process = lora_train(code=die)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == [".writing-step-000004", "step-000002"]
+
+    assert run(config_of(), argv=[]) == 0
+    assert_same(final_state(folder), uninterrupted)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-000006", "step-000008"], "old checkpoints and the torn one are gone"
+
+
+def test_full_disk(
+    config_of: Callable[..., Config],
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "runs" / "tiny"
+    save = torch.save
+
+    def full(state: Any, path: Path, *rest: Any) -> None:
+        save(state, path, *rest)
+        if "step-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError) as caught:
+        run(config_of(), argv=[])
+    assert caught.value.message == (
+        "cannot write the checkpoint of step 4: No space left on device"
+    )
+    assert "make room, then give the same command again" in str(caught.value.hint)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+
+    monkeypatch.setattr(torch, "save", save)
+    assert run(config_of(), argv=[]) == 0
+    assert_same(final_state(folder), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: (path / "state.pt").unlink(), "state.pt is missing"),
+        (lambda path: (path / "state.pt").write_bytes(b""), "state.pt has 0 bytes, expected"),
+        (lambda path: (path / "complete.json").unlink(), "no complete.json: it was never finished"),
+        (
+            lambda path: flip_a_bit(path / "adapter" / "adapter_model.safetensors"),
+            "adapter/adapter_model.safetensors was changed after it was written",
+        ),
+    ],
+)
+def test_broken_checkpoint_is_skipped_by_name(
+    config_of: Callable[..., Config],
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+    said: str,
+) -> None:
+    folder = tmp_path / "whole" / "tiny"
+    damage(folder / "checkpoints" / "step-000008")
+    (folder / "summary.json").unlink()
+    found = checkpoint_module.newest_complete(folder / "checkpoints")
+    assert found is not None and found.step == 6
+    assert f"skipping broken checkpoint {folder}/checkpoints/step-000008: {said}" in caplog.text
+    assert run(config_of(f"log.log_dir={tmp_path / 'whole'}"), argv=[]) == 0
+    assert_same(final_state(folder), uninterrupted)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_metrics_cut_in_mid_line(
+    config_of: Callable[..., Config], uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "whole" / "tiny"
+    shutil.rmtree(folder / "checkpoints" / "step-000008")
+    (folder / "summary.json").unlink()
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-40])
+    assert run(config_of(f"log.log_dir={tmp_path / 'whole'}"), argv=[]) == 0
+    assert_same(final_state(folder), uninterrupted)
+
+
+def test_stop_during_validation(
+    config_of: Callable[..., Config],
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The validation of step 3 is broken off, and done when the run goes on."""
+    import os
+
+    from lora_train.trainer import Trainer
+
+    validate = Trainer.validate
+
+    def interrupted(self: Trainer, stop: Any = None) -> Any:
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, stop)
+
+    monkeypatch.setattr(Trainer, "validate", interrupted)
+    assert run(config_of(), argv=[]) == 75
+    folder = tmp_path / "runs" / "tiny"
+    assert (folder / "checkpoints" / "step-000003").is_dir()
+    monkeypatch.setattr(Trainer, "validate", validate)
+    assert run(config_of(), argv=[]) == 0
+    assert_same(final_state(folder), uninterrupted)
+
+
+def test_not_finite_keeps_the_last_good_step(
+    config_of: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = config_of("optim.lr=1e30", "trainer.gradient_clip_val=null")
+    with pytest.raises(RunError, match=r"step \d: loss .*: not finite") as caught:
+        run(config, argv=[])
+    assert "go on from there by the same command with a lower optim.lr" in str(caught.value)
+    [*_, newest] = sorted((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
+    step = int(newest.name[5:])
+    assert f"step {step + 1}: " in caught.value.message
+    rows = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    assert all(row["loss"] < float("inf") for row in rows if "loss" in row)
+
+
+class TestRunDirectory:
+    def test_complete_run_is_not_repeated(
+        self,
+        config_of: Callable[..., Config],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert run(config_of(), argv=[]) == 0
+        folder = tmp_path / "runs" / "tiny"
+
+        def times() -> dict[Path, int]:
+            files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+            return {path: path.stat().st_mtime_ns for path in files}
+
+        before = times()
+        capsys.readouterr()
+        assert run(config_of(), argv=[]) == 0
+        output = capsys.readouterr()
+        assert "is complete; --resume never trains a new one beside it" in output.err
+        assert "8 steps in" in output.out
+        assert times() == before
+
+    def test_never_starts_over_beside_it(
+        self, config_of: Callable[..., Config], tmp_path: Path
+    ) -> None:
+        assert run(config_of("--max-steps", "2"), argv=[]) == 0
+        assert run(config_of("--max-steps", "2", "--resume", "never"), argv=[]) == 0
+        first, second = tmp_path / "runs" / "tiny", tmp_path / "runs" / "tiny-2"
+        assert_same(final_state(second, 2), final_state(first, 2))
+
+    def test_longer_run_goes_on(
+        self,
+        config_of: Callable[..., Config],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert run(config_of("--max-steps", "2"), argv=[]) == 0
+        assert run(config_of("--max-steps", "5"), argv=[]) == 0
+        assert "changed since step 2: trainer.max_steps: 2 -> 5" in capsys.readouterr().err
+        rows = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5]
+
+    def test_other_settings_are_refused_by_name(
+        self, config_of: Callable[..., Config], tmp_path: Path
+    ) -> None:
+        assert run(config_of("--max-steps", "2"), argv=[]) == 0
+        with pytest.raises(UserError) as caught:
+            run(config_of("--max-steps", "4", "peft.dim=8", "data.seq_length=64"), argv=[])
+        assert caught.value.message == (
+            f"{tmp_path}/runs/tiny holds a run of 2 steps made with other settings:\n"
+            "  data.seq_length: 96 -> 64\n  peft.dim: 4 -> 8"
+        )
+
+    def test_in_use(
+        self, config_of: Callable[..., Config], lora_train: Start, tmp_path: Path
+    ) -> None:
+        process = lora_train(code=SLOWLY)
+        wait_for_step(tmp_path / "runs" / "tiny", 1)
+        with pytest.raises(UserError, match="is in use by another lora-train"):
+            run(config_of(), argv=[])
+        process.kill()
+        process.communicate()
+
+    def test_foreign_folder(self, config_of: Callable[..., Config], tmp_path: Path) -> None:
+        folder = tmp_path / "runs" / "tiny"
+        folder.mkdir(parents=True)
+        (folder / "thesis.tex").touch()
+        with pytest.raises(UserError, match="is not a run directory: it holds thesis.tex and no"):
+            run(config_of(), argv=[])
+        assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+    def test_what_is_recorded(self, config_of: Callable[..., Config], tmp_path: Path) -> None:
+        from lora_train.config_loading import resolve
+
+        config = config_of("--max-steps", "2")
+        assert run(config, argv=["lora-train", "--max-steps", "2"]) == 0
+        folder = tmp_path / "runs" / "tiny"
+        assert resolve(config_file=folder / "config.yaml") == config
+        environment = json.loads((folder / "environment.json").read_text())
+        assert environment["command"] == ["lora-train", "--max-steps", "2"]
+        assert environment["packages"]["torch"] == metadata.version("torch")
+        assert list((folder / "trackers").rglob("events.out.tfevents.*"))
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["steps"] == 2
+        assert "step" in (folder / "train.log").read_text()
+
+
+class TestRefusals:
+    def test_batch_that_does_not_divide(self, config_of: Callable[..., Config]) -> None:
+        with pytest.raises(UserError) as caught:
+            run(config_of("data.global_batch_size=6", "data.micro_batch_size=4"), argv=[])
+        assert str(caught.value) == (
+            "data.global_batch_size=6 does not divide into micro-batches of 4 on 1 process\n"
+            "hint: data.micro_batch_size=1 or 2 or 3 or 6, or data.global_batch_size=4 or 8"
+        )
+
+    def test_devices_that_nobody_started(self, config_of: Callable[..., Config]) -> None:
+        with pytest.raises(UserError, match=r"means 2 processes; this run was started with 1"):
+            run(config_of("trainer.devices=2"), argv=[])
+
+    def test_missing_tracker(
+        self, config_of: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import importlib.util
+
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
+        )
+        with pytest.raises(UserError) as caught:
+            run(config_of("log.trackers=[wandb]"), argv=[])
+        assert str(caught.value) == (
+            "log.trackers: wandb not installed\n"
+            "hint: pip install wandb, or log.trackers=[tensorboard]"
+        )
+
+    def test_too_little_room(
+        self, config_of: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import shutil
+        from types import SimpleNamespace
+
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(UserError, match="0 MiB free, the checkpoints take"):
+            run(config_of(), argv=[])
