@@ -73,11 +73,14 @@ def answer_held_out(
 
 
 def is_exact_match(answer: str, reference: str) -> bool:
-    """Whether an answer equals the reference: as JSON where the reference is a JSON object or list.
+    """Compare an answer with the reference: by value where the reference is a JSON object or list.
 
     Args:
         answer: what the model wrote.
         reference: what it should have written.
+
+    Returns:
+        Whether they are equal, blanks at the ends aside.
     """
     answer, reference = answer.strip(), reference.strip()
     try:

@@ -55,6 +55,9 @@ def write_checkpoint(
         state: tensors, numbers, strings, and lists and dicts of them (loaded with weights_only).
         save_adapter: writes the adapter into the folder it is given.
 
+    Returns:
+        The checkpoint, complete on disk.
+
     Raises:
         OSError: the disk is full or the folder not writable. What was written so far is removed.
     """
@@ -97,6 +100,9 @@ def newest_complete(root: Path) -> Checkpoint | None:
 
     Args:
         root: the run's `checkpoints` folder; need not exist.
+
+    Returns:
+        The checkpoint; None when there is none to go on from.
     """
     steps = sorted(_steps(root), key=lambda checkpoint: checkpoint.step, reverse=True)
     for checkpoint in steps:

@@ -35,6 +35,9 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
 
     Args:
         words: the words after `lora-train`.
+
+    Returns:
+        Options, overrides by dotted name, and mistakes.
     """
     from lora_train.config_loading import leaf_types, nearest_key
 
@@ -134,9 +137,9 @@ def _train(words: Sequence[str]) -> int:
             file=sys.stderr,
         )
 
-    # Read by OpenMP once, when torch is imported: how long a waiting thread spins before it sleeps.
-    # libgomp's own count lets it take the core of whatever else runs: 5 steps of the quickstart on 2
-    # cores beside one busy process took over 100 s, with this count 28 s; alone 17 s and 16 s.
+    # How long a waiting thread spins before it sleeps; OpenMP reads it when torch is imported. Its
+    # own count takes the core of whatever else runs: 5 steps of the quickstart on 2 cores beside
+    # one busy process took over 100 s, with this count 28 s; alone 17 s and 16 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from lora_train.run import run  # imports torch, only now
 
@@ -144,10 +147,13 @@ def _train(words: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status (see `exit_status`).
+    """Be the console script.
 
     Args:
         argv: words after the program's name. None: the process's own.
+
+    Returns:
+        The exit status, see `exit_status`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -175,5 +181,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return exit_status.FAILED
     except KeyboardInterrupt:
-        print("interrupted before the first step; nothing was lost", file=sys.stderr)
+        print("stopped; what was saved is whole, and the same command goes on", file=sys.stderr)
         return exit_status.STOPPED

@@ -61,12 +61,6 @@ def _optimizer_conflicts(config: Config) -> list[str]:
             f"optim.loraplus_lr_ratio={ratio:g} with peft.use_dora=true: DoRA's magnitudes would "
             "be trained at B's learning rate, which is that ratio too high for them"
         )
-    warmup, max_steps = optim.lr_scheduler.warmup_steps, config.trainer.max_steps
-    if warmup is not None and max_steps is not None and warmup >= max_steps:
-        found.append(
-            f"optim.lr_scheduler.warmup_steps={warmup} with trainer.max_steps={max_steps}: "
-            "the learning rate would never reach optim.lr"
-        )
     min_lr = optim.lr_scheduler.min_lr
     if min_lr is not None and min_lr > optim.lr:
         found.append(

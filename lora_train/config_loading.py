@@ -97,6 +97,12 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The mapping; empty for an empty file.
+
     Raises:
         UserError: the file is missing, is not YAML, repeats a key, or holds no mapping.
     """
@@ -123,6 +129,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def load_recipe(name: str) -> dict[str, Any]:
     """Read the recipe that `--factory NAME` means.
+
+    Args:
+        name: the recipe's name.
+
+    Returns:
+        Its sections, as far as they differ from the schema's defaults.
 
     Raises:
         UserError: there is no recipe of that name; says which there are.
@@ -218,6 +230,9 @@ def parse_value(dotted: str, text: str) -> Any:
     Args:
         dotted: the key the value is for; may be unknown.
         text: the value as typed.
+
+    Returns:
+        None, a list, a dict, or text.
     """
     annotation = leaf_types().get(dotted)
     stripped = text.strip()

@@ -9,7 +9,10 @@ from lora_train.errors import UserError
 
 
 def world_size() -> int:
-    """Processes of this run, as torchrun or `accelerate launch` announced them; 1 when nobody did.
+    """Count the processes of this run.
+
+    Returns:
+        What torchrun or `accelerate launch` announced; 1 when nobody did.
 
     Raises:
         UserError: WORLD_SIZE is set and is not a positive number.
@@ -21,7 +24,13 @@ def world_size() -> int:
 
 
 def gradient_accumulation_steps(config: Config) -> int:
-    """Micro-batches that each process sums before an optimizer step.
+    """Count the micro-batches that each process sums before an optimizer step.
+
+    Args:
+        config: the run; the data section's batch sizes are read.
+
+    Returns:
+        global batch / (micro-batch x processes).
 
     Raises:
         UserError: the global batch does not divide by micro-batch x processes; says what would.
@@ -48,6 +57,9 @@ def gradient_accumulation_steps(config: Config) -> int:
 
 def check_devices(config: Config) -> None:
     """Refuse a device count that this process was not started for.
+
+    Args:
+        config: the run; `trainer.devices` and `trainer.num_nodes` are read.
 
     Raises:
         UserError: `trainer.devices` x `trainer.num_nodes` is not the number of processes.

@@ -53,10 +53,7 @@ def resolve_model(config: ModelConfig) -> str:
     if reference.startswith("embedded:"):
         from lora_train.quickstart import embedded_path
 
-        try:
-            return str(embedded_path(reference))
-        except ValueError as error:
-            raise UserError(f"model.path={reference}: {error}") from error
+        return str(embedded_path(reference))
     path = Path(reference).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return str(_converted(path))
@@ -117,6 +114,22 @@ def read_config_dict(source: str, config: ModelConfig) -> dict[str, Any]:
             hint="name the unquantized model, and set model.quantization=nf4 for 4 bit",
         )
     return found
+
+
+def max_positions(config: ModelConfig) -> int | None:
+    """Look up the longest sequence that the model was made for.
+
+    Args:
+        config: the section that names the model.
+
+    Returns:
+        Its length in tokens; None if the model says nothing.
+
+    Raises:
+        UserError: as `resolve_model` and `read_config_dict`.
+    """
+    found = read_config_dict(resolve_model(config), config)
+    return found.get("text_config", found).get("max_position_embeddings")
 
 
 def loading_error(error: BaseException, config: ModelConfig) -> UserError:

@@ -6,41 +6,47 @@ the model.
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import logging
-import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from logging.handlers import MemoryHandler
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from rich.console import Console
-from rich.logging import RichHandler
 
 from lora_train import exit_status
 from lora_train.adapter import attach_adapter, save_adapter, trainable_summary
-from lora_train.answers import AnswerReport, answer_held_out, is_exact_match
+from lora_train.answers import AnswerReport, answer_held_out
 from lora_train.attention import check_isolation, packing_kwargs
 from lora_train.config import Config
+from lora_train.config_loading import to_tree
 from lora_train.data.audit import audit
 from lora_train.data.batches import BatchSchedule, collate
 from lora_train.data.held_out import HeldOutExample, held_out_examples
 from lora_train.data.prepared import PreparedData, prepare_data
-from lora_train.device import describe_device, select_device, select_precision, set_cpu_threads
+from lora_train.device import (
+    compute_deterministically,
+    describe_device,
+    select_device,
+    select_precision,
+    set_cpu_threads,
+)
 from lora_train.distributed import check_devices, gradient_accumulation_steps
 from lora_train.errors import RunError, UserError
-from lora_train.metrics import MetricsLog, check_trackers, keep_trackers_offline, read_metrics
+from lora_train.logs import keep_log, start_log
+from lora_train.metrics import MetricsLog, check_trackers, keep_trackers_offline
 from lora_train.model import describe_model, load_base_model, load_tokenizer
-from lora_train.model_source import read_config_dict, resolve_model
-from lora_train.optimizer import make_optimizer, make_scheduler
+from lora_train.model_source import max_positions
+from lora_train.optimizer import make_optimizer, make_scheduler, warmup_steps
 from lora_train.progress import Progress
-from lora_train.run_directory import RunDirectory, open_run_directory
+from lora_train.run_directory import RunDirectory, is_finished, open_run_directory
 from lora_train.stop_signals import StopSignals
-from lora_train.summary import print_summary
+from lora_train.summary import make_summary, print_summary
 from lora_train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -63,46 +69,51 @@ def run(config: Config, argv: Sequence[str]) -> int:
     check_devices(config)
     gradient_accumulation_steps(config)
     check_trackers(config)
-    with StopSignals() as stop:
-        return _run(config, argv, stop)
-
-
-def _run(config: Config, argv: Sequence[str], stop: StopSignals) -> int:
-    accelerator = _make_accelerator(config)
+    on_cpu = not torch.cuda.is_available()
+    processes = PartialState(cpu=on_cpu)
     console = Console(stderr=True)
-    backlog = _log_to(console, quiet=not accelerator.is_main_process)
-    directory = open_run_directory(config, main_process=accelerator.is_main_process)
+    backlog = start_log(console, quiet=not processes.is_main_process)
+    directory = _open_together(config, processes)
     try:
-        return _run_in(directory, config, argv, stop, accelerator, console, backlog)
+        with StopSignals() as stop:
+            return _run(config, argv, directory, stop, console, backlog)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(
+            f"{error.strerror}: {error.filename or directory.path}",
+            hint="make room, then give the same command again",
+        ) from error
     finally:
-        directory.lock.release()
+        if directory.lock is not None:
+            directory.lock.release()
 
 
-def _run_in(
-    directory: RunDirectory,
+def _run(
     config: Config,
     argv: Sequence[str],
+    directory: RunDirectory,
     stop: StopSignals,
-    accelerator: Accelerator,
     console: Console,
     backlog: MemoryHandler,
 ) -> int:
     summary = directory.read_json("summary.json")
-    if summary is not None and _is_finished(config, summary):
+    if summary is not None and is_finished(config, directory, summary):
         log.info("%s is complete; --resume never trains a new one beside it", directory.path)
         print_summary(Console(), summary)
         return exit_status.OK
 
     # data before the model: a mistake in it shows in seconds, a model may take minutes to load
+    accelerator = _make_accelerator(config, directory)
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():
-        data = prepare_data(config, tokenizer, max_positions=_max_positions(config))
+        data = prepare_data(config, tokenizer, max_positions=max_positions(config.model))
     log.info("%s", data.report.text())
     labels = audit(data, tokenizer, config)
     if accelerator.is_main_process and directory.checkpoint is None:
         console.print(labels if console.is_terminal else labels.text(), markup=False)
 
-    _compute_deterministically()
+    compute_deterministically()
     set_seed(config.trainer.seed)
     precision = select_precision(config.trainer.precision, accelerator.device)
     log.info("device: %s; %s", describe_device(accelerator.device), precision.reason)
@@ -120,17 +131,19 @@ def _run_in(
     log.info("adapter: %s", trainable_summary(model))
     check_isolation(model, model.get_input_embeddings().num_embeddings, accelerator.device)
 
-    trainer = _make_trainer(config, model, data, accelerator)
+    trainer = make_trainer(config, model, data, accelerator)
     log.info("run: %s", _describe_run(config, trainer))
+    if warmup_steps(config.optim.lr_scheduler, trainer.max_steps) >= trainer.max_steps:
+        log.warning("warm-up takes all of the steps: the learning rate never reaches optim.lr")
     _check_room(directory, trainer)
     if directory.checkpoint is not None:
         trainer.restore(directory.checkpoint.read_state())
         log.info("going on from %s", directory.checkpoint.path)
     if accelerator.is_main_process:
         directory.record_start(config, argv, describe_device(accelerator.device))
-        backlog.setTarget(_file_handler(directory.path / "train.log"))
-        backlog.flush()
+        keep_log(backlog, directory.path / "train.log")
     examples = held_out_examples(config, tokenizer, config.eval.num_generate)
+    stop.wait_for_step()
     return _train_and_evaluate(config, directory, trainer, tokenizer, examples, stop, console)
 
 
@@ -205,83 +218,88 @@ def _finish(
     save_adapter(trainer.model, unfinished)
     shutil.rmtree(directory.adapter, ignore_errors=True)
     unfinished.rename(directory.adapter)
-    rows = read_metrics(directory.path / "metrics.jsonl")
-    losses = [row["loss"] for row in rows if "loss" in row]
-    val_losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     kept = directory.read_json("answers_before.json")
-    before = AnswerReport.from_dict(kept) if kept is not None else None
-    samples = []
-    if before is not None and after is not None:
-        samples = [
-            {
-                "prompt": example.prompt,
-                "reference": example.reference,
-                "before": before.answers[n],
-                "after": after.answers[n],
-                "after_is_exact": is_exact_match(after.answers[n], example.reference),
-            }
-            for n, example in enumerate(examples)
-        ]
-    summary = {
-        "name": config.log.name,
-        "run_directory": str(directory.path),
-        "steps": trainer.step,
-        "train_seconds": sum(row.get("step_time_seconds", 0.0) for row in rows),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "before": {
-            "val_loss": val_losses.get(0),
-            "exact_match": before.exact_match if before else None,
-        },
-        "after": {
-            "val_loss": val_losses.get(trainer.step),
-            "exact_match": after.exact_match if after else None,
-        },
-        "num_generate": len(examples),
-        "system": next((example.system for example in examples if example.system), None),
-        "samples": samples,
-    }
+    summary = make_summary(
+        name=str(config.log.name),
+        run_directory=directory.path,
+        examples=examples,
+        before=AnswerReport.from_dict(kept) if kept is not None else None,
+        after=after,
+    )
     directory.write_json("summary.json", summary)
     print_summary(Console(), summary)
 
 
-def _is_finished(config: Config, summary: dict[str, Any]) -> bool:
-    """Whether the run directory's run is complete for this configuration."""
-    steps = config.trainer.max_steps
-    return steps is None or summary["steps"] >= steps
+def _open_together(config: Config, processes: PartialState) -> RunDirectory:
+    """Open the run directory on the main process; the others follow it, or fail with it.
+
+    Args:
+        config: the run's configuration.
+        processes: accelerate's state of all processes.
+
+    Returns:
+        The same directory everywhere, locked on the main process.
+
+    Raises:
+        UserError: see `open_run_directory`; on every process.
+    """
+    opened: list[Any] = [None]
+    if processes.is_main_process:
+        try:
+            opened = [open_run_directory(config)]
+        except UserError as error:
+            opened = [error]
+    if processes.num_processes == 1:
+        found = opened[0]
+    else:
+        shared = opened[0]
+        if isinstance(shared, RunDirectory):
+            shared = dataclasses.replace(shared, lock=None)
+        [found] = broadcast_object_list([shared])
+        if processes.is_main_process:
+            found = opened[0]
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
-def _make_accelerator(config: Config) -> Accelerator:
-    from accelerate import PartialState
-    from accelerate.utils import ProjectConfiguration
-
-    on_cpu = not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu)
+def _make_accelerator(config: Config, directory: RunDirectory) -> Accelerator:
+    state = PartialState()
     set_cpu_threads(state.num_processes)
     device = select_device(state.local_process_index)
     bf16 = select_precision(config.trainer.precision, device).dtype == torch.bfloat16
-    folder = Path(config.log.log_dir) / (config.log.name or "run")
     if not config.log.online:
-        keep_trackers_offline(folder)
+        keep_trackers_offline(directory.path)
     return Accelerator(
-        cpu=on_cpu,
+        cpu=device.type == "cpu",
         mixed_precision="bf16" if bf16 else "no",
         log_with=list(config.log.trackers) or None,
         project_config=ProjectConfiguration(
-            project_dir=str(folder), logging_dir=str(folder / "trackers")
+            project_dir=str(directory.path), logging_dir=str(directory.path / "trackers")
         ),
     )
 
 
-def _make_trainer(
+def make_trainer(
     config: Config, model: Any, data: PreparedData, accelerator: Accelerator
 ) -> Trainer:
+    """Put a trainer together, at step 0.
+
+    Args:
+        config: the run's configuration.
+        model: what `attach_adapter` returned.
+        data: the prepared data.
+        accelerator: device and precision.
+
+    Returns:
+        The trainer, with its optimizer and schedule.
+    """
     schedule = BatchSchedule(
         len(data.train_packs), config.data.global_batch_size, config.trainer.seed
     )
     max_steps = config.trainer.max_steps or schedule.num_steps(config.trainer.max_epochs)
     if accelerator.mixed_precision == "bf16":
-        let_autocast_cast(model)
+        _let_autocast_cast(model)
     optimizer = make_optimizer(model, config.optim)
     # every process drops other activations
     torch.manual_seed(config.trainer.seed + accelerator.process_index)
@@ -297,20 +315,7 @@ def _make_trainer(
     )
 
 
-def _compute_deterministically() -> None:
-    """Let the same inputs give the same bits, so that a run in two parts equals one in one piece.
-
-    Without it the flash attention kernel adds up gradients of long sequences in any order. With it,
-    a training step of Llama-3.1-8B's layers took 0.3 % longer (H200, 4 x 2048 tokens).
-    """
-    # cuBLAS reads it when CUDA starts, which is later than this
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # nothing here reads memory that was not written: no need to fill it first
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def let_autocast_cast(model: Any) -> None:
+def _let_autocast_cast(model: Any) -> None:
     """Keep PEFT from widening each adapter's input to fp32, only for autocast to narrow it again.
 
     The values are the same to the bit (bf16 -> fp32 -> bf16); the copy per layer is saved.
@@ -321,8 +326,6 @@ def let_autocast_cast(model: Any) -> None:
 
 
 def _open_metrics(config: Config, directory: RunDirectory, trainer: Trainer) -> MetricsLog:
-    from lora_train.config_loading import to_tree
-
     accelerator = trainer.accelerator
     if config.log.trackers:
         flat = {
@@ -389,42 +392,6 @@ def _memory_hint(config: Config) -> str:
     return "the same command with one of: " + "; ".join(options)
 
 
-def _log_to(console: Console, *, quiet: bool) -> MemoryHandler:
-    """Send the log to stderr: through the live line on a terminal, as plain lines elsewhere.
-
-    Args:
-        console: stderr.
-        quiet: log nothing (all processes but the main one).
-
-    Returns:
-        A handler that keeps the log until the run directory has a train.log to hand it to.
-    """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    handler: logging.Handler
-    if console.is_terminal:
-        handler = RichHandler(
-            console=console, show_time=False, show_level=False, show_path=False, highlighter=None
-        )
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.setLevel(logging.INFO)
-    backlog = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL, flushOnClose=False)
-    package = logging.getLogger("lora_train")
-    package.propagate = False
-    package.handlers[:] = [logging.NullHandler()] if quiet else [handler, backlog]
-    package.setLevel(logging.DEBUG)
-    return backlog
-
-
-def _file_handler(file: Path) -> logging.Handler:
-    handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    return handler
-
-
 def _calibration_batches(data: PreparedData, model: Any) -> Iterator[dict[str, Any]]:
     """Training batches as arguments of the model, for peft.init=eva."""
     attention = model.config._attn_implementation
@@ -436,9 +403,3 @@ def _calibration_batches(data: PreparedData, model: Any) -> Iterator[dict[str, A
             "labels": batch.labels,
             **packing_kwargs(attention, batch.cu_seqlens, batch.max_seqlen),
         }
-
-
-def _max_positions(config: Config) -> int | None:
-    """The longest sequence that the base model was made for, in tokens."""
-    found = read_config_dict(resolve_model(config.model), config.model)
-    return found.get("max_position_embeddings")

@@ -52,7 +52,8 @@ class RunDirectory:
 
     path: Path
     checkpoint: Checkpoint | None
-    lock: FileLock
+    lock: FileLock | None
+    """Held by the main process; None on the others."""
 
     @property
     def checkpoints(self) -> Path:
@@ -97,12 +98,11 @@ class RunDirectory:
         )
 
 
-def open_run_directory(config: Config, *, main_process: bool = True) -> RunDirectory:
+def open_run_directory(config: Config) -> RunDirectory:
     """Find the run directory, lock it, and decide whether and from where to go on.
 
     Args:
         config: the validated configuration.
-        main_process: whether this process writes; others only read.
 
     Returns:
         The directory with its newest complete checkpoint, if any; release its lock at the end.
@@ -115,30 +115,46 @@ def open_run_directory(config: Config, *, main_process: bool = True) -> RunDirec
     path = Path(config.log.log_dir) / name
     if config.resume.mode == "never":
         path = _first_unused(path)
-    if main_process:
-        _check_writable(path)
-        if path.exists() and not (path / "config.yaml").exists() and any(path.iterdir()):
-            entries = sorted(entry.name for entry in path.iterdir())
-            if entries != [".lock"]:
-                raise UserError(
-                    f"{path} is not a run directory: it holds {', '.join(entries[:4])} "
-                    "and no config.yaml",
-                    hint="log.name=ANOTHER_NAME, or --resume never for a new directory",
-                )
-        path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock")
-    if main_process:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
+    _check_writable(path)
+    if path.exists() and not (path / "config.yaml").exists():
+        entries = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock")
+        if entries:
             raise UserError(
-                f"{path} is in use by another lora-train",
-                hint="wait for it, or log.name=ANOTHER_NAME for a second run beside it",
-            ) from error
+                f"{path} is not a run directory: it holds {', '.join(entries[:4])} "
+                "and no config.yaml",
+                hint="log.name=ANOTHER_NAME, or --resume never for a new directory",
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"{path} is in use by another lora-train",
+            hint="wait for it, or log.name=ANOTHER_NAME for a second run beside it",
+        ) from error
     checkpoint = newest_complete(path / "checkpoints")
     if (path / "config.yaml").exists() and checkpoint is not None:
         _compare(config, path, checkpoint)
     return RunDirectory(path, checkpoint, lock)
+
+
+def is_finished(config: Config, directory: RunDirectory, summary: dict[str, Any]) -> bool:
+    """Tell whether a run directory with a summary is complete for this configuration too.
+
+    Args:
+        config: the configuration that asks.
+        directory: the run directory; its config.yaml made the summary.
+        summary: its summary.json.
+
+    Returns:
+        Whether no step is left to do.
+    """
+    asked = config.trainer
+    if asked.max_steps is not None:
+        return bool(summary["steps"] >= asked.max_steps)
+    made = read_yaml(directory.path / "config.yaml")["trainer"]
+    return made["max_steps"] is None and made["max_epochs"] >= asked.max_epochs
 
 
 def _compare(config: Config, path: Path, checkpoint: Checkpoint) -> None:

@@ -15,12 +15,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopSignals:
     """Context in which the stop signals set `requested` instead of ending the process.
 
-    A second Ctrl-C does not wait for the step: it raises KeyboardInterrupt. The handlers that were
-    there before come back at the end.
+    Before `wait_for_step` there is nothing to save, and a signal raises KeyboardInterrupt at once;
+    so does a second Ctrl-C later. The handlers that were there before come back at the end.
     """
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
+        self._is_waiting = False
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -37,8 +38,12 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def wait_for_step(self) -> None:
+        """From now on a signal waits for the end of the step."""
+        self._is_waiting = True
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is signal.SIGINT and number == signal.SIGINT:
+        if not self._is_waiting or (self.requested is signal.SIGINT and number == signal.SIGINT):
             raise KeyboardInterrupt
         if self.requested is None:
             self.requested = signal.Signals(number)

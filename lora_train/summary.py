@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -10,9 +11,68 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lora_train.answers import AnswerReport, is_exact_match
+from lora_train.data.held_out import HeldOutExample
+from lora_train.metrics import read_metrics
 from lora_train.progress import format_seconds
 
 _SAMPLES = 3
+
+
+def make_summary(
+    *,
+    name: str,
+    run_directory: Path,
+    examples: list[HeldOutExample],
+    before: AnswerReport | None,
+    after: AnswerReport | None,
+) -> dict[str, Any]:
+    """Collect what `summary.json` holds.
+
+    Args:
+        name: the run's name.
+        run_directory: its metrics.jsonl is read.
+        examples: the held-out examples that were answered.
+        before: answers of the untrained model, if any.
+        after: answers of the trained model, if any.
+
+    Returns:
+        Figures before and after, and the answers side by side.
+    """
+    rows = read_metrics(run_directory / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    val_losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    samples = []
+    if before is not None and after is not None:
+        samples = [
+            {
+                "prompt": example.prompt,
+                "reference": example.reference,
+                "before": before.answers[n],
+                "after": after.answers[n],
+                "after_is_exact": is_exact_match(after.answers[n], example.reference),
+            }
+            for n, example in enumerate(examples)
+        ]
+    return {
+        "name": name,
+        "run_directory": str(run_directory),
+        "steps": rows[-1]["step"],
+        "train_seconds": sum(row.get("step_time_seconds", 0.0) for row in rows),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "before": {
+            "val_loss": val_losses.get(0),
+            "exact_match": before.exact_match if before else None,
+        },
+        "after": {
+            "val_loss": val_losses.get(rows[-1]["step"]),
+            "exact_match": after.exact_match if after else None,
+        },
+        "num_generate": len(examples),
+        "system": next((example.system for example in examples if example.system), None),
+        "samples": samples,
+    }
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
@@ -20,7 +80,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
 
     Args:
         console: where to.
-        summary: as `run.py` writes it.
+        summary: what `make_summary` returned.
     """
     parts: list[Any] = [_figures(summary)]
     samples = summary["samples"][:_SAMPLES]

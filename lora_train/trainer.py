@@ -141,8 +141,8 @@ class Trainer:
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
             raise RunError(
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}: not finite",
-                hint="the weights before this step are kept; go on from there by the same command with a "
-                "lower optim.lr",
+                hint="the weights before this step are kept; go on from there by the same command "
+                "with a lower optim.lr",
             )
         self.optimizer.step()
         self.scheduler.step()
@@ -178,8 +178,8 @@ class Trainer:
         if silent:
             raise RunError(
                 f"no gradient reaches {len(silent)} of the adapter's matrices, first {silent[0]}",
-                hint="these would never learn: leave modules that the forward pass does not use out "
-                "of peft.target_modules",
+                hint="these would never learn: leave modules that the forward pass does not use "
+                "out of peft.target_modules",
             )
 
     # --- validation -----------------------------------------------------------------------------

@@ -31,14 +31,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_train.adapter import attach_adapter
 from lora_train.attention import VARLEN
 from lora_train.config import Config, DataConfig, ModelConfig, TrainerConfig
-from lora_train.data.batches import BatchSchedule
 from lora_train.data.packing import one_per_pack
 from lora_train.data.prepared import PreparedData
 from lora_train.data.tokenized_set import TokenizedSet
 from lora_train.data.tokenizing import Tokenized
-from lora_train.optimizer import make_optimizer, make_scheduler
-from lora_train.run import let_autocast_cast
-from lora_train.trainer import Trainer
+from lora_train.device import compute_deterministically
+from lora_train.run import make_trainer
 
 RESULTS = Path(__file__).parent / "results" / "training_step.jsonl"
 SEQUENCE = 2048
@@ -99,22 +97,13 @@ def ours(base: LlamaForCausalLM, steps: int, sequences: int, tokens: np.ndarray)
     examples = TokenizedSet.of([Tokenized(row, learned) for row in tokens])
     packs = one_per_pack(len(examples))
     data = PreparedData(examples, packs, None, None, None, "")  # type: ignore[arg-type]
+    compute_deterministically()
     model = attach_adapter(base, config)
-    let_autocast_cast(model)
     model.train()
-    optimizer = make_optimizer(model, config.optim)
-    trainer = Trainer(
-        config=config,
-        model=model,
-        data=data,
-        schedule=BatchSchedule(len(packs), sequences, 0),
-        optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config.optim, steps),
-        accelerator=Accelerator(mixed_precision="bf16"),
-        max_steps=steps,
-    )
+    trainer = make_trainer(config, model, data, Accelerator(mixed_precision="bf16"))
     result = timed(steps, lambda: trainer.train_step().loss)
     model.unload()
+    torch.use_deterministic_algorithms(False)
     return result
 
 

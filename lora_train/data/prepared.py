@@ -90,7 +90,7 @@ def prepare_data(config: Config, tokenizer: Any, *, max_positions: int | None) -
 
 
 def _named(cached: PreparedData, sources: Sources) -> PreparedData:
-    """Return cached data under the names of this run's files: a copy elsewhere has the same hash."""
+    """Return cached data under the names of this run's files; copies of a file share a hash."""
     report = cached.report
     train = dataclasses.replace(report.train, source=sources.train.name)
     validation = report.validation

@@ -52,10 +52,6 @@ NF4 = {"quantization": "nf4"}
             {"optim": {"loraplus_lr_ratio": 16.0}, "peft": {"use_dora": True}},
             "optim.loraplus_lr_ratio=16 with peft.use_dora=true",
         ),
-        (
-            {"scheduler": {"warmup_steps": 10}, "trainer": {"max_steps": 10}},
-            "optim.lr_scheduler.warmup_steps=10 with trainer.max_steps=10",
-        ),
         ({"scheduler": {"min_lr": 1e-3}}, "optim.lr_scheduler.min_lr=0.001 with optim.lr=0.0002"),
         (
             {"scheduler": {"min_lr": 0.0, "name": "linear"}},
