@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +41,7 @@ def answer_held_out(
     max_new_tokens: int,
     batch_size: int,
     stop: StopSignals,
+    console: Console,
 ) -> AnswerReport | None:
     """Answer the examples greedily and score them.
 
@@ -50,21 +52,24 @@ def answer_held_out(
         max_new_tokens: longest answer, in tokens.
         batch_size: examples generated at once.
         stop: gives up between two batches when a stop was requested.
+        console: shows how far it is, on a terminal.
 
     Returns:
         The answers in the order of the examples; None after a requested stop.
     """
     answers: list[str] = []
-    for start in range(0, len(examples), batch_size):
-        if stop.requested:
-            return None
-        answers += generate_answers(
-            model,
-            tokenizer,
-            [example.prompt_ids for example in examples[start : start + batch_size]],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
+    with console.status("") as status:
+        for start in range(0, len(examples), batch_size):
+            if stop.requested:
+                return None
+            status.update(f"answered {start} of {len(examples)} held-out examples")
+            answers += generate_answers(
+                model,
+                tokenizer,
+                [example.prompt_ids for example in examples[start : start + batch_size]],
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+            )
     equal = [
         is_exact_match(answer, example.reference)
         for answer, example in zip(answers, examples, strict=True)

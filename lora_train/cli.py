@@ -5,6 +5,7 @@ A mistake is refused in under a second, on a login node, with exit status 2.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -117,7 +118,7 @@ def _is_switch(dotted: str) -> bool:
 
 
 def _train(words: Sequence[str]) -> int:
-    from lora_train.config_loading import DEFAULT_FACTORY, recipe_names, resolve, to_yaml
+    from lora_train.config_loading import DEFAULT_FACTORY, resolve, to_yaml
 
     parsed = parse_command_line(words)
     config = resolve(
@@ -130,13 +131,14 @@ def _train(words: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return exit_status.OK
     if parsed.factory is None and parsed.config_file is None:
-        others = [name for name in recipe_names() if name != DEFAULT_FACTORY]
         print(
-            f"no --factory given: running the embedded `{DEFAULT_FACTORY}`. "
-            f"A large model: lora-train --factory llama31_8b (also {', '.join(others[:3])}, ...)",
+            f"no --factory given: running the embedded `{DEFAULT_FACTORY}`\n"
+            "a large model: lora-train --factory llama31_8b (lora-train --help lists the others)",
             file=sys.stderr,
         )
 
+    # on import it reports a CPU kernel that it has a spare for, and does without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # How long a waiting thread spins before it sleeps; OpenMP reads it when torch is imported. Its
     # own count takes the core of whatever else runs: 5 steps of the quickstart on 2 cores beside
     # one busy process took over 100 s, with this count 28 s; alone 17 s and 16 s.

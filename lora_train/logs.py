@@ -25,9 +25,8 @@ def start_log(console: Console, *, quiet: bool) -> MemoryHandler:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    # transformers' word to PEFT's authors; and bitsandbytes' about a kernel it has a spare for
+    # transformers' word to PEFT's authors
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(

@@ -171,7 +171,7 @@ def _train_and_evaluate(
             report = answer_held_out(
                 model, tokenizer, examples,
                 max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size,
-                stop=stop,
+                stop=stop, console=console,
             )  # fmt: skip
         if report is not None:
             directory.write_json(f"answers_{when}.json", report.to_dict())
