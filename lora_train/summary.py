@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +132,23 @@ def _sample(sample: dict[str, str]) -> Table:
 
 
 def _next_steps(summary: dict[str, Any]) -> Table:
-    run = shlex.quote(summary["run_directory"])
+    run, program = shlex.quote(summary["run_directory"]), _program()
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("adapter", f"{summary['run_directory']}/adapter  (plain PEFT format)")
-    table.add_row("try it", Text(f"lora-train generate {run}", style="bold"))
+    table.add_row("try it", Text(f"{program} generate {run}", style="bold"))
     if summary["name"] == "quickstart":
-        table.add_row("your data", "lora-train data.path=chats.jsonl log.name=mine")
-        table.add_row("a large model", "lora-train --factory llama31_8b --max-steps 250")
+        table.add_row("your data", f"{program} data.path=chats.jsonl log.name=mine")
+        table.add_row("a large model", f"{program} --factory llama31_8b --max-steps 250")
     return table
+
+
+def _program() -> str:
+    """How this user calls the program: by name where it is on the PATH, else by its place."""
+    if shutil.which("lora-train") or Path(sys.argv[0]).name != "lora-train":
+        return "lora-train"
+    return os.path.relpath(sys.argv[0])
 
 
 def _shorten(text: str, limit: int = 240) -> str:

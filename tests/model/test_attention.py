@@ -3,6 +3,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 from transformers import Gemma2Config, GptOssConfig, LlamaConfig
 
+from lora_train import attention
 from lora_train.attention import (
     VARLEN,
     check_isolation,
@@ -205,3 +206,38 @@ def test_flash_is_as_near_to_fp32_as_sdpa(make_model, architecture):
     model.config.use_cache = False
     model.set_attn_implementation(VARLEN)
     check_isolation(model, 128, torch.device("cuda"))
+
+
+def test_flash_backward_runs_in_strict_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's flash backward is deterministic in strict mode only; nothing else is made strict."""
+    from torch.nn.attention import varlen
+
+    strict: list[bool] = []
+
+    class Recorder(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.save_for_backward(q, k, v)
+            return q + k + v
+
+        @staticmethod
+        def backward(ctx, gradient):
+            strict.append(not torch.is_deterministic_algorithms_warn_only_enabled())
+            return gradient, gradient * 2, gradient * 3
+
+    monkeypatch.setattr(
+        varlen, "varlen_attn", lambda q, k, v, *rest, **options: Recorder.apply(q, k, v)
+    )
+    borders = torch.tensor([0, 5], dtype=torch.int32)
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for needed in ((q, k, v), (v,)):
+            inputs = [tensor if tensor in needed else tensor.detach() for tensor in (q, k, v)]
+            out = attention._flash(*inputs, None, None, borders, 5)
+            torch.autograd.grad(out.sum(), needed)
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert strict == [True, True]
+    finally:
+        torch.use_deterministic_algorithms(was)
