@@ -85,8 +85,7 @@ def run(config: Config, argv: Sequence[str]) -> int:
             hint="make room, then give the same command again",
         ) from error
     finally:
-        if directory.lock is not None:
-            directory.lock.release()
+        directory.close()
 
 
 def _run(
@@ -368,9 +367,10 @@ def _check_room(directory: RunDirectory, trainer: Trainer) -> None:
         UserError: less free than what the checkpoints of this run take.
     """
     trainable = sum(parameter.numel() for parameter in trainer.trainable.values())
-    # fp32: the adapter in PEFT's format, the weights again, and Adam's two moments
-    each = trainable * 4 * 4
-    needed = each * (trainer.config.log.ckpt.keep_last + 1) + trainable * 4
+    # fp32: the adapter and Adam's two moments; one checkpoint more than kept, while it is written
+    checkpoints = (trainer.config.log.ckpt.keep_last + 1) * trainable * 3 * 4
+    there = sum(path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
+    needed = max(0, checkpoints - there) + trainable * 4
     free = shutil.disk_usage(directory.path).free
     if free < needed:
         raise UserError(

@@ -76,6 +76,16 @@ class RunDirectory:
         unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         unfinished.replace(self.path / name)
 
+    def close(self) -> None:
+        """Release the lock; a directory in which nothing was written goes again."""
+        if self.lock is None:
+            return
+        self.lock.release()
+        lock_file = Path(self.lock.lock_file)
+        if not any(entry for entry in self.path.iterdir() if entry != lock_file):
+            lock_file.unlink(missing_ok=True)
+            self.path.rmdir()
+
     def record_start(self, config: Config, argv: Sequence[str], device: str) -> None:
         """Write config.yaml and environment.json: what made this run."""
         (self.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")

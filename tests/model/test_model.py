@@ -206,7 +206,7 @@ def test_folder_with_a_gguf_file(tmp_path):
 
 def test_unknown_embedded_model():
     message = refusal(lambda: load_tokenizer(ModelConfig(path="embedded:llama")))
-    assert message.startswith("model.path=embedded:llama: unknown embedded reference")
+    assert message.startswith("unknown embedded reference 'embedded:llama'")
 
 
 def test_gated_repository(monkeypatch):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -237,8 +239,6 @@ def test_stop_during_validation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The validation of step 3 is broken off, and done when the run goes on."""
-    import os
-
     from lora_train.trainer import Trainer
 
     validate = Trainer.validate
@@ -396,3 +396,78 @@ class TestRefusals:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(UserError, match="0 MiB free, the checkpoints take"):
             run(config_of(), argv=[])
+
+
+class TestTwoProcesses:
+    """The whole program under torchrun, on CPU ranks."""
+
+    def start(
+        self, words: list[str], tmp_path: Path, *changes: str
+    ) -> subprocess.CompletedProcess[str]:
+        program = tmp_path / "lora_train_main.py"
+        program.write_text("import sys\nfrom lora_train.cli import main\nsys.exit(main())\n")
+        return subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", str(program), *words, *changes,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+            env=os.environ
+            | {"LORA_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1",
+               "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+
+    def test_same_curve_as_one(
+        self, config_of: Callable[..., Config], words: list[str], tmp_path: Path
+    ) -> None:
+        options = ("peft.dropout=0", "data.global_batch_size=4", "log.name=two")
+        done = self.start(words, tmp_path, *options, "trainer.devices=2")
+        assert done.returncode == 0, done.stderr
+        assert (
+            "4 sequences per step = 1 per micro-batch x 2 accumulated x 2 processes" in done.stderr
+        )
+        assert run(config_of(*options, "log.name=one"), argv=[]) == 0
+        curves = [
+            [(row["step"], row.get("loss", row.get("val_loss"))) for row in read_metrics(file)]
+            for file in sorted((tmp_path / "runs").glob("*/metrics.jsonl"))
+        ]
+        assert len(curves) == 2 and len(curves[0]) == len(curves[1])
+        for one, two in zip(*curves, strict=True):
+            assert one == pytest.approx(two, rel=1e-4)
+
+    def test_both_refuse(self, words: list[str], tmp_path: Path) -> None:
+        folder = tmp_path / "runs" / "tiny"
+        folder.mkdir(parents=True)
+        (folder / "thesis.tex").touch()
+        done = self.start(words, tmp_path)
+        assert done.returncode != 0
+        assert done.stderr.count("error: ") >= 2
+        assert "is not a run directory: it holds thesis.tex" in done.stderr
+
+
+def test_signal_before_the_first_step(lora_train: Start, tmp_path: Path) -> None:
+    """While the data is prepared there is nothing to save: the run ends at once."""
+    slow_data = """
+import time
+from lora_train import run
+run.prepare_data = lambda *rest, **options: (print("preparing", flush=True), time.sleep(60))
+"""
+    process = lora_train(code=slow_data)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "the same command goes on" in errors
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_refused_input_leaves_no_directory(
+    config_of: Callable[..., Config], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"nowhere.jsonl does not exist"):
+        run(config_of("data.path=nowhere.jsonl"), argv=[])
+    assert not (tmp_path / "runs" / "tiny").exists()
