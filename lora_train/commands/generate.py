@@ -139,6 +139,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _load(source: Source, options: argparse.Namespace) -> Speaker:
     # about a faster kernel that it looks for, and does not need
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     import torch
 
     from lora_train.adapter import load_adapter
