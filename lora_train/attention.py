@@ -355,8 +355,14 @@ def check_isolation(model: torch.nn.Module, vocab_size: int, device: torch.devic
     difference = (first - second).abs().max().item()
     # experts share one batched product, whose rounding may depend on who else went to them
     rounding = 2**-6 * first.abs().max().item() if _has_experts(base.config) else 0.0
-    # written so that a NaN is a failure
-    if not difference <= rounding:
+    if not first.isfinite().all():
+        raise RunError(
+            "the model's logits are not finite before training: weights of the base model or of "
+            "the checkpoint are damaged",
+            hint="fetch the model again; after a run whose loss was not finite, remove its newest "
+            "checkpoint's folder",
+        )
+    if difference > rounding:
         raise RunError(
             f"packed examples are not isolated in {type(base).__name__} with attention "
             f"{base.config._attn_implementation}: changing one example moved the logits of the "

@@ -67,8 +67,9 @@ def write_checkpoint(
     if _fault(final) is None and final.exists():
         return Checkpoint(final, step)  # stopped right after a periodic save
     root.mkdir(parents=True, exist_ok=True)
+    for torn in root.glob(".writing-*"):  # of a run that was killed in mid-save
+        shutil.rmtree(torn, ignore_errors=True)
     unfinished = root / f".writing-{final.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed in mid-save
     try:
         unfinished.mkdir()
         save_adapter(unfinished / "adapter")
@@ -113,10 +114,22 @@ def newest_complete(root: Path) -> Checkpoint | None:
     return None
 
 
-def delete_old(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints. Call after a newer one is complete."""
-    for checkpoint in sorted(_steps(root), key=lambda checkpoint: checkpoint.step)[:-keep_last]:
-        shutil.rmtree(checkpoint.path)
+def delete_old(newest: Checkpoint, keep_last: int) -> None:
+    """Delete the checkpoints that a new one makes superfluous.
+
+    Args:
+        newest: the checkpoint just written. Any of a later step beside it is a broken one that was
+            skipped when the run went on.
+        keep_last: how many to keep, the newest included.
+    """
+    beside = sorted(_steps(newest.path.parent), key=lambda checkpoint: checkpoint.step)
+    earlier = [checkpoint for checkpoint in beside if checkpoint.step <= newest.step]
+    later = [checkpoint for checkpoint in beside if checkpoint.step > newest.step]
+    for checkpoint in [*earlier[:-keep_last], *later]:
+        try:
+            shutil.rmtree(checkpoint.path)
+        except OSError as error:  # a file that another node still holds open on NFS
+            log.warning("cannot delete the old checkpoint %s: %s", checkpoint.path, error)
 
 
 def _steps(root: Path) -> list[Checkpoint]:

@@ -17,6 +17,7 @@ import lora_train
 from lora_train import exit_status
 from lora_train.errors import LoraTrainError
 
+_BOOLEAN_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _OVERRIDE = re.compile(r"^([\w.\[\]]+)\s*([-+*/|&]?=)(.*)$", re.DOTALL)
 
 
@@ -55,30 +56,35 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
             continue
         name, has_value, value = word.lstrip("-").partition("=")
         option = {"f": "factory", "y": "yes"}.get(name, name)
-        if option in ("dry-run", "dryrun"):
-            parsed.dry_run = True
+        if option in ("dry-run", "dryrun", "yes"):  # NeMo asks before it runs; this never does
+            parsed.dry_run |= option != "yes"
+            if has_value:
+                parsed.problems.append(f"{word}: takes no value")
             continue
-        if option == "yes":
-            continue  # NeMo asks before it runs; this never does
         name = name.replace("-", "_")
         candidates = [name] if name in leaf_types() else leaves.get(name, [])
         if option == "resume":
             candidates = ["resume.mode"]
         known = option in ("factory", "config") or len(candidates) == 1
         if not has_value and known:
-            if _is_value(waiting):
+            if len(candidates) == 1 and _is_switch(candidates[0]):
+                is_boolean = bool(waiting) and waiting[0].lower() in _BOOLEAN_WORDS
+                value = waiting.pop(0) if is_boolean else "true"
+            elif _is_value(waiting):
                 value = waiting.pop(0)
-            elif candidates and _is_switch(candidates[0]):
-                value = "true"
             else:
                 parsed.problems.append(f"{word}: needs a value")
                 continue
         if option == "factory":
+            if parsed.factory is not None:
+                parsed.problems.append(_given_twice("--factory", parsed.factory, value))
             parsed.factory = value
         elif option == "config":
+            if parsed.config_file is not None:
+                parsed.problems.append(_given_twice("--config", parsed.config_file, value))
             parsed.config_file = Path(value)
         elif len(candidates) == 1:
-            parsed.overrides[candidates[0]] = value
+            _set_key(candidates[0], value, parsed)
         else:
             if not has_value and _is_value(waiting):
                 waiting.pop(0)  # the unknown option's value is not a second mistake
@@ -101,7 +107,17 @@ def _read_override(word: str, parsed: CommandLine) -> None:
     elif match[2] != "=":
         parsed.problems.append(f"{word}: only `=` sets a key, found `{match[2]}`")
     else:
-        parsed.overrides[match[1]] = match[3]
+        _set_key(match[1], match[3], parsed)
+
+
+def _set_key(dotted: str, value: str, parsed: CommandLine) -> None:
+    if dotted in parsed.overrides:
+        parsed.problems.append(_given_twice(dotted, parsed.overrides[dotted], value))
+    parsed.overrides[dotted] = value
+
+
+def _given_twice(name: str, first: object, second: object) -> str:
+    return f"{name}: given twice ({first}, {second})"
 
 
 def _is_value(waiting: list[str]) -> bool:
@@ -114,11 +130,13 @@ def _is_value(waiting: list[str]) -> bool:
 def _is_switch(dotted: str) -> bool:
     from lora_train.config_loading import leaf_types
 
-    return leaf_types()[dotted] is bool
+    return leaf_types()[dotted] in (bool, bool | None)
 
 
 def _train(words: Sequence[str]) -> int:
     from lora_train.config_loading import DEFAULT_FACTORY, resolve, to_yaml
+    from lora_train.distributed import check_devices, gradient_accumulation_steps
+    from lora_train.metrics import check_trackers
 
     parsed = parse_command_line(words)
     config = resolve(
@@ -127,6 +145,9 @@ def _train(words: Sequence[str]) -> int:
         overrides=parsed.overrides,
         problems=parsed.problems,
     )
+    check_devices(config)
+    gradient_accumulation_steps(config)
+    check_trackers(config)
     if parsed.dry_run:
         print(to_yaml(config), end="")
         return exit_status.OK

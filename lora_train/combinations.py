@@ -1,12 +1,17 @@
-"""Options that do not combine, told from the configuration alone: no torch, no model, no GPU."""
+"""Options that do not combine, and values that the schema's types let through.
+
+Told from the configuration alone: no torch, no model, no GPU.
+"""
 
 from __future__ import annotations
+
+import re
 
 from lora_train.config import Config
 
 
 def conflicts(config: Config) -> list[str]:
-    """Return one message per pair of options that do not combine, with the reason.
+    """Return one message per unusable value and per pair of options that do not combine.
 
     Args:
         config: a whole run; each value is already valid on its own.
@@ -14,7 +19,28 @@ def conflicts(config: Config) -> list[str]:
     Returns:
         Messages that begin with the dotted names they are about; empty when all combine.
     """
-    return [*_start_conflicts(config), *_optimizer_conflicts(config), *_model_conflicts(config)]
+    return [
+        *_unusable_values(config),
+        *_start_conflicts(config),
+        *_optimizer_conflicts(config),
+        *_model_conflicts(config),
+    ]
+
+
+def _unusable_values(config: Config) -> list[str]:
+    found = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config.peft, key):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                found.append(f"peft.{key}: {pattern!r} is no regular expression: {error}")
+    name = config.log.name or ""
+    if name in (".", "..") or "/" in name:
+        found.append(
+            f"log.name={name}: expected the name of one folder; log.log_dir says where it lies"
+        )
+    return found
 
 
 def _start_conflicts(config: Config) -> list[str]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-_STRICT = {"extra": "forbid"}
+_STRICT = {"extra": "forbid", "allow_inf_nan": False}
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0.0)]
 NonNegativeFloat = Annotated[float, Ge(0.0)]
 Fraction = Annotated[float, Ge(0.0), Lt(1.0)]
+Text = Annotated[str, MinLen(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,9 @@ class ModelConfig:
 
     __pydantic_config__ = _STRICT
 
-    path: Annotated[str, MinLen(1)]
+    path: Text
     """Base model: a local Hugging Face folder, a hub name (org/name), or a .gguf file."""
-    revision: str | None = None
+    revision: Text | None = None
     """Commit, tag or branch of the hub model. null: the hub's default branch."""
     quantization: Literal["nf4"] | None = None
     """Hold the frozen base in 4-bit NormalFloat (QLoRA, bitsandbytes). null: not quantized."""
@@ -37,7 +38,7 @@ class ModelConfig:
     """Quantize the nf4 scales too (0.4 bit less per weight). Only read with quantization=nf4."""
     attn_implementation: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
     """Attention. auto: varlen (no padding, no mask) where the model takes it, else sdpa."""
-    chat_template: str | None = None
+    chat_template: Text | None = None
     """File with a Jinja chat template. null: the template that comes with the model."""
     trust_remote_code: bool = False
     """Run Python code that the model repository brings along. Off: such a model is refused."""
@@ -51,17 +52,17 @@ class DataConfig:
 
     __pydantic_config__ = _STRICT
 
-    path: Annotated[str, MinLen(1)]
+    path: Text
     """Examples: a file (.jsonl .json .csv .parquet), a folder, or a hub dataset name."""
-    subset: str | None = None
+    subset: Text | None = None
     """Configuration name of a hub dataset that has several."""
-    revision: str | None = None
+    revision: Text | None = None
     """Commit, tag or branch of the hub dataset. null: the hub's default branch."""
-    train_split: str = "train"
+    train_split: Text = "train"
     """Split to train on. A NeMo folder's `training.jsonl` is its train split."""
-    validation_path: str | None = None
+    validation_path: Text | None = None
     """File of validation examples. null: the validation split of `data.path`, if it has one."""
-    validation_split: str | None = None
+    validation_split: Text | None = None
     """Split to validate on. null: validation, valid, val, dev, eval or test, if it exists."""
     validation_size: Fraction = 0.05
     """Fraction of the training examples held out when no validation data is found. 0: none."""
@@ -97,7 +98,7 @@ class PeftConfig:
     """LoRA alpha; the update is scaled by alpha / dim."""
     dropout: Fraction = 0.0
     """Dropout probability on the adapter's input."""
-    target_modules: Literal["all-linear"] | list[str] = field(
+    target_modules: Literal["all-linear"] | Annotated[list[Text], MinLen(1)] = field(
         default_factory=lambda: [
             "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
         ]
@@ -107,7 +108,7 @@ class PeftConfig:
     """Ranks that differ from `dim`: name pattern to rank."""
     alpha_pattern: dict[str, PositiveFloat] = field(default_factory=dict)
     """Alphas that differ from `alpha`: name pattern to alpha."""
-    modules_to_save: list[str] = field(default_factory=list)
+    modules_to_save: list[Text] = field(default_factory=list)
     """Modules trained in full and saved with the adapter, such as lm_head."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"] = "default"
     """How A and B start. default: A Kaiming-uniform, B zero (the model starts unchanged)."""
@@ -128,7 +129,7 @@ class LrSchedulerConfig:
     warmup_steps: NonNegativeInt | None = None
     """Optimizer steps of linear warm-up. null: warmup_ratio of the run."""
     warmup_ratio: Fraction = 0.03
-    """Warm-up as a fraction of all steps, when warmup_steps is null."""
+    """Warm-up as a fraction of all steps. Set, it replaces a recipe's warmup_steps."""
     min_lr: NonNegativeFloat | None = None
     """Learning rate at the end of the cosine. null: a tenth of optim.lr."""
 
@@ -164,7 +165,7 @@ class TrainerConfig:
     max_steps: PositiveInt | None = None
     """Optimizer steps of the whole run. null: max_epochs decides."""
     max_epochs: PositiveFloat = 1.0
-    """Passes over the training examples, when max_steps is null; rounded up to whole steps."""
+    """Passes over the training examples, in whole steps. Set, it replaces a recipe's max_steps."""
     devices: PositiveInt | Literal["auto"] = "auto"
     """GPUs per node, such as 2 or a100:2. auto: those that this process was started for."""
     num_nodes: PositiveInt = 1
@@ -181,7 +182,7 @@ class TrainerConfig:
     """Most micro-batches per validation and device. null: all; 0: no validation."""
     log_every_n_steps: PositiveInt = 1
     """Optimizer steps between lines in metrics.jsonl and the trackers."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 1234
     """Seed of adapter initialization, dropout, packing and data order."""
 
 
@@ -217,9 +218,9 @@ class LogConfig:
 
     __pydantic_config__ = _STRICT
 
-    log_dir: Annotated[str, MinLen(1)] = "runs"
+    log_dir: Text = "runs"
     """Folder that holds the run directories."""
-    name: Annotated[str, MinLen(1)] | None = None
+    name: Text | None = None
     """Name of the run directory. null: the recipe's name."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(
         default_factory=lambda: ["tensorboard"]

@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from lora_train.combinations import conflicts
-from lora_train.config import Config
+from lora_train.config import Config, LrSchedulerConfig, TrainerConfig
+from lora_train.config_yaml import did_you_mean, parse_yaml, read_yaml
 from lora_train.errors import UserError
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
@@ -48,6 +49,15 @@ _OTHER_NAMES = {
     "packing": "data.packed_sequence",
     "gpus": "trainer.devices",
 }
+# two ways to say one thing: the first decides unless it is null, then the other; its default
+_RIVALS = (
+    ("trainer.max_steps", "trainer.max_epochs", TrainerConfig.max_epochs),
+    (
+        "optim.lr_scheduler.warmup_steps",
+        "optim.lr_scheduler.warmup_ratio",
+        LrSchedulerConfig.warmup_ratio,
+    ),
+)
 _NULL_WORDS = {"null", "none"}
 _TYPED_COUNT = re.compile(r"^[A-Za-z][\w.-]*:(\d+)$")
 
@@ -79,54 +89,6 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is refused (PyYAML keeps the last)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key `{key}` is given twice", problem_mark=key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file whose top level is a mapping.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The mapping; empty for an empty file.
-
-    Raises:
-        UserError: the file is missing, is not YAML, repeats a key, or holds no mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UserError(
-            f"cannot read configuration file {path}: {getattr(error, 'strerror', None) or error}",
-            hint=_did_you_mean(path.name, siblings),
-        ) from error
-    try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise UserError(f"{place}: {error.problem}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected `section:` lines, found a {type(tree).__name__}")
-    return tree
-
-
 def load_recipe(name: str) -> dict[str, Any]:
     """Read the recipe that `--factory NAME` means.
 
@@ -140,7 +102,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         UserError: there is no recipe of that name; says which there are.
     """
     if name not in recipe_names():
-        nearest = _did_you_mean(name, recipe_names())
+        nearest = did_you_mean(name, recipe_names())
         raise UserError(
             f"no recipe `{name}`; recipes: {', '.join(recipe_names())}",
             hint=nearest or "a file of your own goes with --config FILE",
@@ -176,21 +138,22 @@ def resolve(
         factory = DEFAULT_FACTORY
     layers: list[tuple[str, dict[str, Any]]] = []
     if factory is not None:
-        layers.append((f"recipe {factory}", load_recipe(factory)))
+        layers.append((f"recipe {factory}", _file_values(load_recipe(factory), factory)))
     if config_file is not None:
-        layers.append((str(config_file), file_tree))
+        layers.append((str(config_file), _file_values(file_tree, str(config_file))))
+    typed = {dotted: parse_value(dotted, text) for dotted, text in (overrides or {}).items()}
+    layers.append(("command line", typed))
 
     flat: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for source, tree in layers:
-        for dotted, value in _flatten(tree):
-            flat[dotted], origin[dotted] = _plain(dotted, value), source
-    for dotted, text in (overrides or {}).items():
-        flat[dotted], origin[dotted] = parse_value(dotted, text), "command line"
+    problems = list(problems)
+    for source, values in layers:
+        problems += _unset_rivals(flat, values, source)
+        flat |= values
+        origin |= dict.fromkeys(values, source)
     if flat.get("log.name") is None:
         flat["log.name"] = factory or (config_file.stem if config_file else "run")
 
-    problems = list(problems)
     problems += [_unknown_key(name, origin[name]) for name in flat if name not in leaf_types()]
     config, invalid = _validate({k: v for k, v in flat.items() if k in leaf_types()}, origin)
     problems += invalid
@@ -203,6 +166,24 @@ def resolve(
             hint="`lora-train --help` lists every key; `--dry-run` shows the resolved values",
         )
     return config
+
+
+def _unset_rivals(flat: dict[str, Any], values: Mapping[str, Any], source: str) -> list[str]:
+    """Take from `flat` what a later source's `values` say in another way, such as epochs for steps.
+
+    Both in one source are a mistake, unless one is at its default: a resolved file has all keys.
+    """
+    problems = []
+    for deciding, other, default in _RIVALS:
+        if values.get(deciding) is not None:
+            if values.get(other, default) != default:
+                problems.append(
+                    f"{deciding} and {other}: both given ({source}), only one can count"
+                )
+            flat.pop(other, None)
+        elif other in values:
+            flat.pop(deciding, None)
+    return problems
 
 
 def to_tree(config: Config) -> dict[str, Any]:
@@ -236,7 +217,7 @@ def parse_value(dotted: str, text: str) -> Any:
     """
     annotation = leaf_types().get(dotted)
     stripped = text.strip()
-    if stripped.lower() in _NULL_WORDS and _accepts(annotation, type(None)):
+    if stripped.lower() in _NULL_WORDS and annotation is not None:
         return None
     if stripped[:1] in "[{(" and stripped and not _accepts(annotation, str):
         return _parse_collection(stripped)
@@ -244,17 +225,18 @@ def parse_value(dotted: str, text: str) -> Any:
         return _parse_collection(stripped)
     if dotted == "trainer.devices" and (typed := _TYPED_COUNT.match(stripped)):
         return typed.group(1)  # Slurm's typed count: SLURM_GPUS_PER_NODE=a100:2
-    return stripped if _accepts(annotation, str) else stripped.strip("'\"")
+    quoted = len(stripped) > 1 and stripped[0] == stripped[-1] and stripped[0] in "'\""
+    return stripped[1:-1] if quoted else stripped
 
 
 def _parse_collection(text: str) -> Any:
     try:
         return ast.literal_eval(text)  # ['a','b'] as a Python literal, as NeMo has it
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pass
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - [a,b] and {a: 1}, a SafeLoader
-    except yaml.YAMLError:
+        return parse_yaml(text)  # [a,b] and {a: 1}
+    except ValueError:
         return text  # not a collection after all: validation names it
 
 
@@ -278,6 +260,13 @@ def _accepts(annotation: Any, kind: type) -> bool:
         return kind is origin
     arguments = typing.get_args(annotation)
     return any(_accepts(one, kind) for one in arguments) if arguments else annotation is kind
+
+
+def _file_values(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+    try:
+        return {dotted: _plain(dotted, value) for dotted, value in _flatten(tree)}
+    except RecursionError as error:  # an alias inside its own anchor
+        raise UserError(f"{source}: nested too deeply") from error
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -327,6 +316,8 @@ def _invalid_value(
 ) -> str:
     if all(detail["type"] == "missing" for detail in details):
         return f"{name}: required, and not given"
+    if flat.get(name, "") is None:
+        return f"{name}: cannot be null ({origin.get(name)})"
     # a key of several forms (a number or `auto`) fails once per form: say them all
     messages = list(dict.fromkeys(_lower_first(detail["msg"]) for detail in details))
     return f"{name}: {' or '.join(messages)}; found {flat.get(name)!r} ({origin.get(name)})"
@@ -357,8 +348,3 @@ def nearest_key(name: str) -> str:
             leaves[found] for found in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
         ]
     return f"; did you mean {' or '.join(f'`{key}`' for key in close)}?" if close else ""
-
-
-def _did_you_mean(name: str, known: list[str]) -> str | None:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean `{close[0]}`?" if close else None

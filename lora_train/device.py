@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _BF16_CAPABILITY = (8, 0)
 
 _CGROUP = Path("/sys/fs/cgroup")
+_NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PrecisionChoice:
 
 
 def select_device(local_rank: int = 0) -> torch.device:
-    """Return the GPU of this process, or the CPU where there is none.
+    """Return the GPU of this process, or the CPU where there is none or the user hides it.
 
     Args:
         local_rank: number of this process on its node, from 0.
@@ -42,10 +43,12 @@ def select_device(local_rank: int = 0) -> torch.device:
         A CUDA device with its index, or the CPU.
 
     Raises:
-        UserError: the process has no GPU of its own although others on the node have.
+        UserError: the process has no GPU of its own although others on the node have, or torch
+            cannot use the GPU that the node or the job has.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus == 0:
+        _refuse_unused_gpu()
         return torch.device("cpu")
     # Slurm's --gpus-per-task shows each process one GPU, which is number 0 to all of them
     index = 0 if num_gpus == 1 else local_rank
@@ -146,6 +149,42 @@ def usable_cores() -> int:
     slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
     limits.append(int(slurm) if slurm.isdecimal() else None)
     return max(1, min(limit for limit in limits if limit is not None))
+
+
+def _refuse_unused_gpu() -> None:
+    """Raise a UserError where there is a GPU that torch cannot use."""
+    sign = _sign_of_gpu()
+    if sign is None:
+        return
+    if torch.version.cuda is None:
+        found = f"torch {torch.__version__} is built for the CPU"
+        mend = (
+            "make setup TORCH_CUDA=cu126 (login nodes have no driver, so the automatic choice "
+            "there is the CPU build)"
+        )
+    else:
+        found = f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds none"
+        mend = (
+            "start the container with --nv (docker: --gpus all), ask Slurm for the GPU "
+            "(--gres=gpu:1), or have the driver looked at (`nvidia-smi` shows whether it works)"
+        )
+    raise UserError(
+        f"there is a GPU ({sign}), but {found}",
+        hint=f"{mend}; to use the CPU, set CUDA_VISIBLE_DEVICES= (to nothing)",
+    )
+
+
+def _sign_of_gpu() -> str | None:
+    """Return what says that this process should have a GPU, or None."""
+    # the user's word: no GPU
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        value = os.environ.get(name, "")
+        # 0 is the first GPU in the other two, a count in the last
+        if value not in ("", "-1", "NoDevFiles") and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
+            return f"{name}={value}"
+    return str(_NVIDIA_DEVICE) if _NVIDIA_DEVICE.exists() else None
 
 
 def _native_bf16_feature() -> str | None:

@@ -13,5 +13,5 @@ exit status:
   {OK}   the run is complete
   {FAILED}   the run failed; the last good checkpoint is kept, and the message says how to go on
   {USAGE}   wrong command line, configuration, data or machine; nothing was started
-  {STOPPED}  stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 with a checkpoint written;
-      the same command goes on from there"""
+  {STOPPED}  stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, with a checkpoint once training
+      began; the same command goes on from there"""

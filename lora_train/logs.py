@@ -51,7 +51,7 @@ def keep_log(backlog: MemoryHandler, file: Path) -> None:
         backlog: what `start_log` returned.
         file: appended to.
     """
-    handler = logging.FileHandler(file)
+    handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     backlog.setTarget(handler)
     backlog.flush()

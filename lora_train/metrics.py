@@ -63,7 +63,7 @@ class MetricsLog:
         unfinished = file.with_name(f".{file.name}")
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
         unfinished.replace(file)
-        self._file = file.open("a", buffering=1)
+        self._file = file.open("a", buffering=1, encoding="utf-8")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write the values of one step."""

@@ -75,7 +75,8 @@ def warmup_steps(config: LrSchedulerConfig, max_steps: int) -> int:
     """Return the optimizer steps of warm-up in a run of `max_steps`."""
     if config.warmup_steps is not None:
         return config.warmup_steps
-    return math.ceil(config.warmup_ratio * max_steps)
+    # the rounding keeps 0.07 * 100 from being 8 steps
+    return math.ceil(round(config.warmup_ratio * max_steps, 9))
 
 
 def _factor(step: int, *, name: str, warmup: int, max_steps: int, floor: float) -> float:

@@ -35,7 +35,6 @@ class Progress:
         self._max_steps = max_steps
         self._quiet = quiet
         self._val_loss: float | None = None
-        self._begun = time.perf_counter()
         self._last_line = float("-inf")
         self._steady_seconds: list[float] = []
         self._live: RichProgress | None = None

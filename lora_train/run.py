@@ -11,6 +11,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from logging.handlers import MemoryHandler
 from typing import Any
 
@@ -36,10 +37,10 @@ from lora_train.device import (
     select_precision,
     set_cpu_threads,
 )
-from lora_train.distributed import check_devices, gradient_accumulation_steps
-from lora_train.errors import RunError, UserError
+from lora_train.distributed import gradient_accumulation_steps, world_size
+from lora_train.errors import LoraTrainError, RunError, UserError
 from lora_train.logs import keep_log, start_log
-from lora_train.metrics import MetricsLog, check_trackers, keep_trackers_offline
+from lora_train.metrics import MetricsLog, keep_trackers_offline
 from lora_train.model import describe_model, load_base_model, load_tokenizer
 from lora_train.model_source import max_positions
 from lora_train.optimizer import make_optimizer, make_scheduler, warmup_steps
@@ -50,6 +51,9 @@ from lora_train.summary import make_summary, print_summary
 from lora_train.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+# PEFT keeps them all on the device; EVA's directions settle within far fewer
+_CALIBRATION_PACKS = 256
 
 
 def run(config: Config, argv: Sequence[str]) -> int:
@@ -66,11 +70,14 @@ def run(config: Config, argv: Sequence[str]) -> int:
         UserError: the input is wrong; nothing was trained.
         RunError: the run failed; the last good checkpoint stays.
     """
-    check_devices(config)
-    gradient_accumulation_steps(config)
-    check_trackers(config)
     on_cpu = not torch.cuda.is_available()
-    processes = PartialState(cpu=on_cpu)
+    # the others wait while the main process prepares data or answers held-out examples
+    processes = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))
+    if processes.num_processes != world_size():
+        raise UserError(
+            f"WORLD_SIZE={world_size()}, but this process was started alone",
+            hint="start it with torchrun, or unset WORLD_SIZE",
+        )
     console = Console(stderr=True)
     backlog = start_log(console, quiet=not processes.is_main_process)
     directory = _open_together(config, processes)
@@ -83,6 +90,14 @@ def run(config: Config, argv: Sequence[str]) -> int:
         raise RunError(
             f"{error.strerror}: {error.filename or directory.path}",
             hint="make room, then give the same command again",
+        ) from error
+    except LoraTrainError:
+        raise
+    except Exception as error:
+        log.exception("a fault in the program or its libraries")
+        raise RunError(
+            f"{type(error).__name__}: {error}",
+            hint="the same command goes on from the newest checkpoint, if there is one",
         ) from error
     finally:
         directory.close()
@@ -112,6 +127,11 @@ def _run(
     if accelerator.is_main_process and directory.checkpoint is None:
         console.print(labels if console.is_terminal else labels.text(), markup=False)
 
+    examples = []
+    if accelerator.is_main_process:
+        examples = held_out_examples(config, tokenizer, config.eval.num_generate)
+        if config.eval.num_generate and not examples:
+            log.warning("no held-out examples to answer: eval.num_generate has no effect")
     compute_deterministically()
     set_seed(config.trainer.seed)
     precision = select_precision(config.trainer.precision, accelerator.device)
@@ -141,9 +161,12 @@ def _run(
     if accelerator.is_main_process:
         directory.record_start(config, argv, describe_device(accelerator.device))
         keep_log(backlog, directory.path / "train.log")
-    examples = held_out_examples(config, tokenizer, config.eval.num_generate)
+    accelerator.wait_for_everyone()  # the others read metrics.jsonl as it is now
     stop.wait_for_step()
-    return _train_and_evaluate(config, directory, trainer, tokenizer, examples, stop, console)
+    try:
+        return _train_and_evaluate(config, directory, trainer, tokenizer, examples, stop, console)
+    finally:
+        accelerator.end_training()
 
 
 def _train_and_evaluate(
@@ -161,7 +184,8 @@ def _train_and_evaluate(
     def answers(when: str) -> AnswerReport | None:
         """Answer the held-out examples once; a run that goes on reads what it answered before."""
         kept = directory.read_json(f"answers_{when}.json")
-        if kept is not None and len(kept["answers"]) == len(examples):
+        asked = [[example.prompt for example in examples], config.eval.max_new_tokens]
+        if kept is not None and kept["asked"] == asked:
             return AnswerReport.from_dict(kept)
         if not examples or not accelerator.is_main_process:
             return None
@@ -173,7 +197,7 @@ def _train_and_evaluate(
                 stop=stop, console=console,
             )  # fmt: skip
         if report is not None:
-            directory.write_json(f"answers_{when}.json", report.to_dict())
+            directory.write_json(f"answers_{when}.json", report.to_dict() | {"asked": asked})
         return report
 
     progress = Progress(
@@ -190,17 +214,27 @@ def _train_and_evaluate(
         after = answers("after") if finished else None
     except torch.OutOfMemoryError as error:
         raise RunError(
-            f"out of GPU memory at step {trainer.step + 1}: {error}", hint=_memory_hint(config)
+            f"out of GPU memory outside of training steps: {error}",
+            hint="eval.batch_size=4 for answers, data.micro_batch_size=1 for validation",
         ) from error
     finally:
         metrics.close()
-        accelerator.end_training()
-    if not finished or (stop.requested and after is None and examples):
+    # the main process alone answers, and so it alone knows
+    [is_stopped] = broadcast_object_list([not finished or (after is None and bool(examples))])
+    if is_stopped:
         done = f"{trainer.step}/{trainer.max_steps} steps done"
-        log.warning("stopped (%s); the same command goes on from %s", done, directory.path)
+        log.warning(
+            "stopped (%s); the same command goes on from %s%s",
+            done,
+            directory.path,
+            ""
+            if config.resume.mode == "auto"
+            else f", with log.name={directory.path.name} and without --resume never",
+        )
         return exit_status.STOPPED
     if accelerator.is_main_process:
         _finish(config, directory, trainer, examples, after)
+    accelerator.wait_for_everyone()
     return exit_status.OK
 
 
@@ -224,6 +258,7 @@ def _finish(
         examples=examples,
         before=AnswerReport.from_dict(kept) if kept is not None else None,
         after=after,
+        train_seconds=trainer.train_seconds,
     )
     directory.write_json("summary.json", summary)
     print_summary(Console(), summary)
@@ -380,22 +415,10 @@ def _check_room(directory: RunDirectory, trainer: Trainer) -> None:
         )
 
 
-def _memory_hint(config: Config) -> str:
-    options = []
-    if config.data.micro_batch_size > 1:
-        options.append("data.micro_batch_size=1 (the same result, less memory)")
-    if not config.trainer.gradient_checkpointing:
-        options.append("trainer.gradient_checkpointing=true")
-    if config.model.quantization is None:
-        options.append("model.quantization=nf4 (a new run)")
-    options.append(f"data.seq_length={config.data.seq_length // 2} (a new run)")
-    return "the same command with one of: " + "; ".join(options)
-
-
 def _calibration_batches(data: PreparedData, model: Any) -> Iterator[dict[str, Any]]:
     """Training batches as arguments of the model, for peft.init=eva."""
     attention = model.config._attn_implementation
-    for pack in range(len(data.train_packs)):
+    for pack in range(min(len(data.train_packs), _CALIBRATION_PACKS)):
         batch = collate(data.train, data.train_packs, [pack]).to(model.device)
         yield {
             "input_ids": batch.input_ids,

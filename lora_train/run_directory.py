@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 # a change of these would make the checkpoint another run's: other weights, other data, other order
 _FIXED = (
-    "model.path", "model.revision", "model.quantization", "model.chat_template", "peft.",
+    "model.path", "model.revision", "model.quantization", "model.double_quantization",
+    "model.chat_template", "peft.",
     "data.path", "data.subset", "data.revision", "data.train_split", "data.format",
     "data.train_on", "data.add_bos", "data.seq_length", "data.packed_sequence", "data.overlong",
     "data.global_batch_size", "data.validation_size", "optim.name", "optim.loraplus_lr_ratio",
@@ -65,15 +66,18 @@ class RunDirectory:
         """Folder of the finished adapter."""
         return self.path / "adapter"
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
+    def read_json(self, name: str) -> Any:
         """A JSON file of the run, or None when it is not there (yet)."""
         file = self.path / name
-        return json.loads(file.read_text()) if file.exists() else None
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file of the run, whole or not at all."""
+        self._write(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
         unfinished = self.path / f".{name}"
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(self.path / name)
 
     def close(self) -> None:
@@ -87,10 +91,22 @@ class RunDirectory:
             self.path.rmdir()
 
     def record_start(self, config: Config, argv: Sequence[str], device: str) -> None:
-        """Write config.yaml and environment.json: what made this run."""
-        (self.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        self.write_json(
-            "environment.json",
+        """Write down what makes this run, and take back what an earlier part left unfinished.
+
+        Args:
+            config: the run's configuration.
+            argv: the command line.
+            device: what it computes on.
+        """
+        # an end that is not the end any more; without a checkpoint, a start that was not this one's
+        stale = ["summary.json", "answers_after.json"]
+        if self.checkpoint is None:
+            stale += ["answers_before.json", "metrics.jsonl"]
+        for name in stale:
+            (self.path / name).unlink(missing_ok=True)
+        self._write("config.yaml", to_yaml(config))
+        starts = self.read_json("environment.json") or []
+        starts.append(
             {
                 "command": list(argv),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -102,10 +118,11 @@ class RunDirectory:
                 "variables": {
                     name: value
                     for name, value in sorted(os.environ.items())
-                    if name.startswith(_RECORDED_VARIABLES)
+                    if name.startswith(_RECORDED_VARIABLES) and name != "SLURM_JWT"
                 },
-            },
+            }
         )
+        self.write_json("environment.json", starts)
 
 
 def open_run_directory(config: Config) -> RunDirectory:
@@ -122,7 +139,7 @@ def open_run_directory(config: Config) -> RunDirectory:
             settings that this configuration contradicts.
     """
     name = config.log.name or "run"
-    path = Path(config.log.log_dir) / name
+    path = Path(config.log.log_dir).expanduser() / name
     if config.resume.mode == "never":
         path = _first_unused(path)
     _check_writable(path)
@@ -140,7 +157,7 @@ def open_run_directory(config: Config) -> RunDirectory:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(
-            f"{path} is in use by another lora-train",
+            f"{path} is in use by another lora-train (it holds {lock.lock_file})",
             hint="wait for it, or log.name=ANOTHER_NAME for a second run beside it",
         ) from error
     checkpoint = newest_complete(path / "checkpoints")
@@ -172,8 +189,8 @@ def _compare(config: Config, path: Path, checkpoint: Checkpoint) -> None:
     before, now = _flat(read_yaml(path / "config.yaml")), _flat(to_tree(config))
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_FREE)
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key] and not key.startswith(_FREE)
     ]
     contradicting = [line for line in changed if line.startswith(_FIXED)]
     if contradicting:
@@ -206,9 +223,9 @@ def _first_unused(path: Path) -> Path:
 
 def _check_writable(path: Path) -> None:
     folder = path
-    while not folder.exists():
-        folder = folder.parent
     try:
+        while not folder.exists():
+            folder = folder.parent
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * 4096)
     except OSError as error:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 from types import FrameType, TracebackType
-
-log = logging.getLogger(__name__)
 
 # SIGTERM: scancel, preemption, the time limit. SIGINT: Ctrl-C. SIGUSR1: sbatch --signal=USR1@300.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -47,8 +45,7 @@ class StopSignals:
             raise KeyboardInterrupt
         if self.requested is None:
             self.requested = signal.Signals(number)
-            log.warning(
-                "%s: stopping after this step, with a checkpoint%s",
-                self.requested.name,
-                " (Ctrl-C again: at once, without)" if number == signal.SIGINT else "",
-            )
+            at_once = " (Ctrl-C again: at once, without)" if number == signal.SIGINT else ""
+            text = f"{self.requested.name}: stopping after this step, with a checkpoint{at_once}\n"
+            # not through logging: the signal may have come while it was writing
+            os.write(2, text.encode())

@@ -29,6 +29,7 @@ def make_summary(
     examples: list[HeldOutExample],
     before: AnswerReport | None,
     after: AnswerReport | None,
+    train_seconds: float,
 ) -> dict[str, Any]:
     """Collect what `summary.json` holds.
 
@@ -38,6 +39,7 @@ def make_summary(
         examples: the held-out examples that were answered.
         before: answers of the untrained model, if any.
         after: answers of the trained model, if any.
+        train_seconds: time in training steps.
 
     Returns:
         Figures before and after, and the answers side by side.
@@ -61,7 +63,7 @@ def make_summary(
         "name": name,
         "run_directory": str(run_directory),
         "steps": rows[-1]["step"],
-        "train_seconds": sum(row.get("step_time_seconds", 0.0) for row in rows),
+        "train_seconds": train_seconds,
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "before": {

@@ -9,6 +9,9 @@ processes, simply add up.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -26,11 +29,13 @@ from lora_train.checkpoint import delete_old, write_checkpoint
 from lora_train.config import Config
 from lora_train.data.batches import Batch, BatchSchedule, collate
 from lora_train.data.prepared import PreparedData
-from lora_train.errors import RunError
+from lora_train.errors import RunError, UserError
 from lora_train.metrics import MetricsLog
 from lora_train.progress import Progress
 from lora_train.run_directory import RunDirectory
 from lora_train.stop_signals import StopSignals
+
+log = logging.getLogger(__name__)
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
@@ -63,6 +68,7 @@ class StepResult:
 
     loss: float
     grad_norm: float
+    learning_rate: float
     tokens: int
     supervised_tokens: int
 
@@ -102,6 +108,7 @@ class Trainer:
         self.accelerator = accelerator
         self.max_steps = max_steps
         self.step = 0
+        self.train_seconds = 0.0
         self.schedule = schedule
         self.trainable = {
             name: parameter
@@ -131,7 +138,10 @@ class Trainer:
                 loss = loss_sum(self.model, batch.to(self.accelerator.device)) / supervised
             self.accelerator.backward(loss)
             total += loss.detach()
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        for parameter in parameters:
+            if parameter.grad is None:  # an expert that got no token here, but may have elsewhere
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         self._sum_over_processes([*gradients, total])
         if self.step == 0:
             self._check_gradients_flow()
@@ -141,14 +151,16 @@ class Trainer:
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
             raise RunError(
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}: not finite",
-                hint="the weights before this step are kept; go on from there by the same command "
-                "with a lower optim.lr",
+                hint="the same command with a lower optim.lr goes on from the newest checkpoint; "
+                "if it is not finite there either, remove that checkpoint's folder to go on from "
+                "the one before",
             )
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
         tokens = sum(batch.input_ids.numel() for batch in batches)
-        return StepResult(loss_value, norm_value, tokens, supervised)
+        return StepResult(loss_value, norm_value, learning_rate, tokens, supervised)
 
     def _global_batch(self) -> list[Batch]:
         """The micro-batches of all processes, on the CPU: each process counts all the tokens."""
@@ -173,7 +185,7 @@ class Trainer:
         silent = [
             name
             for name, parameter in self.trainable.items()
-            if ".lora_B." in name and (parameter.grad is None or not parameter.grad.any())
+            if ".lora_B." in name and parameter.grad is not None and not parameter.grad.any()
         ]
         if silent:
             raise RunError(
@@ -263,6 +275,7 @@ class Trainer:
                     metrics.write(self.step, validation)
                     progress.validated(self.step, validation["val_loss"])
             if self._stop_agreed(stop):
+                log.debug("asked to stop by %s", stop.requested)
                 self.save(run_directory)
                 return False
             if self.step >= self.max_steps:
@@ -272,11 +285,15 @@ class Trainer:
             begun = time.perf_counter()
             try:
                 result = self.train_step()
-            except RunError:
+            except torch.OutOfMemoryError as error:
                 if self.step > 0:  # the weights are still those after the last good step
                     self.save(run_directory, random_state)
-                raise
+                raise RunError(
+                    f"out of GPU memory in step {self.step + 1}: {error}",
+                    hint=_memory_hint(self.config),
+                ) from error
             seconds = time.perf_counter() - begun
+            self.train_seconds += seconds
             self._report(result, seconds, metrics, progress)
             if (save_every and self.step % save_every == 0) or self.step == self.max_steps:
                 self.save(run_directory)
@@ -286,7 +303,7 @@ class Trainer:
     ) -> None:
         values: dict[str, Any] = {
             "loss": result.loss,
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
             "epoch": self.schedule.epoch(self.step),
             "tokens": result.tokens,
@@ -323,16 +340,21 @@ class Trainer:
         from accelerate.utils import gather_object
 
         random_states = gather_object([random_state or _random_state()])
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write(run_directory, random_states)
+        # who ends first makes torchrun end the others, in the middle of the writing
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, run_directory: RunDirectory, random_states: list[dict[str, Any]]) -> None:
         state = {
             "step": self.step,
+            "train_seconds": self.train_seconds,
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "random": random_states,
+            "data": self._data_hash,
         }
         try:
-            write_checkpoint(
+            newest = write_checkpoint(
                 run_directory.checkpoints,
                 self.step,
                 state=state,
@@ -345,19 +367,72 @@ class Trainer:
                 hint=f"the earlier checkpoints in {kept} are whole; make room, then give the same "
                 "command again",
             ) from error
-        delete_old(run_directory.checkpoints, self.config.log.ckpt.keep_last)
+        delete_old(newest, self.config.log.ckpt.keep_last)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to the optimizer, schedule, random numbers and data position that `save` wrote.
 
         The weights come back when the adapter is attached (`attach_adapter(resume_from=...)`).
+        Learning rates and other settings of the optimizer are this configuration's.
+
+        Args:
+            state: `Checkpoint.read_state()`.
+
+        Raises:
+            UserError: the checkpoint was trained on other examples or packs.
         """
+        if state["data"] != self._data_hash:
+            raise UserError(
+                f"the training data is not what the checkpoint of step {state['step']} was "
+                "trained on: rows, tokenizer or packing changed",
+                hint="put the data back, or --resume never starts over in a new directory",
+            )
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
         self.step = state["step"]
+        self.train_seconds = state["train_seconds"]
+        # the schedule is a function of the step
+        self.scheduler.last_epoch = self.step
+        rates = self.scheduler.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         random_states = state["random"]
         if len(random_states) == self.accelerator.num_processes:
             _set_random_state(random_states[self.accelerator.process_index])
+        elif self.config.peft.dropout > 0:
+            log.warning(
+                "%d processes went before, now %d: dropout draws other numbers",
+                len(random_states),
+                self.accelerator.num_processes,
+            )
+
+    @functools.cached_property
+    def _data_hash(self) -> str:
+        """Hash of the training tokens, labels and packs, in their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        examples, packs = self.data.train, self.data.train_packs
+        for array in (
+            examples.tokens, examples.supervised, examples.offsets, packs.members, packs.offsets,
+        ):  # fmt: skip
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def _memory_hint(config: Config) -> str:
+    options = []
+    if config.data.micro_batch_size > 1:
+        options.append("data.micro_batch_size=1 (the same result, less memory)")
+    if not config.trainer.gradient_checkpointing:
+        options.append("trainer.gradient_checkpointing=true")
+    if config.model.quantization is None:
+        options.append("model.quantization=nf4 (a new run)")
+    options.append(f"data.seq_length={config.data.seq_length // 2} (a new run)")
+    return "the same command with one of: " + "; ".join(options)
 
 
 def _random_state() -> dict[str, Any]:

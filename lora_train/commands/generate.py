@@ -139,13 +139,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _load(source: Source, options: argparse.Namespace) -> Speaker:
     # about a faster kernel that it looks for, and does not need
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from lora_train.adapter import load_adapter
     from lora_train.device import select_device, select_precision, set_cpu_threads
     from lora_train.model import load_base_model, load_tokenizer
 
+    transformers_logging.disable_progress_bar()
     set_cpu_threads()
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(source.model)

@@ -7,6 +7,7 @@ from lora_train.combinations import conflicts
 from lora_train.config import (
     Config,
     DataConfig,
+    LogConfig,
     LrSchedulerConfig,
     ModelConfig,
     OptimConfig,
@@ -15,13 +16,14 @@ from lora_train.config import (
 )
 
 
-def config(model=None, peft=None, optim=None, scheduler=None, trainer=None):
+def config(model=None, peft=None, optim=None, scheduler=None, trainer=None, log=None):
     return Config(
         model=ModelConfig(**{"path": "m", **(model or {})}),
         data=DataConfig(path="d"),
         peft=PeftConfig(**(peft or {})),
         optim=OptimConfig(**(optim or {}), lr_scheduler=LrSchedulerConfig(**(scheduler or {}))),
         trainer=TrainerConfig(**(trainer or {})),
+        log=LogConfig(**(log or {})),
     )
 
 
@@ -65,6 +67,13 @@ NF4 = {"quantization": "nf4"}
             {"model": {"path": "a.gguf", "revision": "main"}},
             "model.revision=main with model.path=a.gguf",
         ),
+        (
+            {"peft": {"rank_pattern": {"[": 4}}},
+            "peft.rank_pattern: '[' is no regular expression: unterminated character set",
+        ),
+        ({"peft": {"alpha_pattern": {"*q": 4}}}, "peft.alpha_pattern: '*q' is no regular"),
+        ({"log": {"name": ".."}}, "log.name=..: expected the name of one folder"),
+        ({"log": {"name": "a/b"}}, "log.name=a/b: expected the name of one folder"),
     ],
 )
 def test_refused_with_names_and_a_reason(sections, names):

@@ -70,6 +70,64 @@ def test_gpu_of_a_process(monkeypatch):
     assert device.select_device(3) == torch.device("cuda", 0)
 
 
+@pytest.fixture
+def no_cuda(monkeypatch, tmp_path):
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    monkeypatch.setattr(device, "_NVIDIA_DEVICE", tmp_path / "nvidia0")
+    return tmp_path / "nvidia0"
+
+
+TO_THE_CPU = "; to use the CPU, set CUDA_VISIBLE_DEVICES= (to nothing)"
+
+
+def test_cpu_build_on_a_gpu_node_is_refused(monkeypatch, no_cuda):
+    assert device.select_device() == CPU
+    no_cuda.touch()
+    with pytest.raises(UserError) as error:
+        device.select_device()
+    assert str(error.value) == (
+        f"there is a GPU ({no_cuda}), but torch 2.13.0+cpu is built for the CPU\n"
+        "hint: make setup TORCH_CUDA=cu126 (login nodes have no driver, so the automatic choice "
+        f"there is the CPU build){TO_THE_CPU}"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    assert device.select_device() == CPU
+
+
+def test_cuda_build_without_a_driver_is_refused(monkeypatch, no_cuda):
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu126")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError) as error:
+        device.select_device()
+    assert error.value.message == (
+        "there is a GPU (CUDA_VISIBLE_DEVICES=0), but torch 2.13.0+cu126 (CUDA 12.6) finds none"
+    )
+    assert error.value.hint.startswith("start the container with --nv (docker: --gpus all), ask ")
+    assert error.value.hint.endswith(TO_THE_CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("CUDA_VISIBLE_DEVICES", "-1", False),
+        ("CUDA_VISIBLE_DEVICES", "NoDevFiles", False),
+        ("SLURM_JOB_GPUS", "0", True),
+        ("SLURM_JOB_GPUS", "", False),
+        ("SLURM_GPUS_ON_NODE", "2", True),
+        ("SLURM_GPUS_ON_NODE", "0", False),
+    ],
+)
+def test_signs_of_a_gpu(monkeypatch, no_cuda, name, value, refused):
+    monkeypatch.setenv(name, value)
+    assert device._sign_of_gpu() == (f"{name}={value}" if refused else None)
+
+
 @pytest.mark.parametrize(
     ("files", "cores"),
     [

@@ -118,6 +118,17 @@ def words(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
+def words_with(words: list[str]) -> Callable[..., list[str]]:
+    """The short run's command line, with some keys set otherwise."""
+
+    def build(*changes: str) -> list[str]:
+        keys = {change.partition("=")[0] for change in changes}
+        return [*(word for word in words if word.partition("=")[0] not in keys), *changes]
+
+    return build
+
+
+@pytest.fixture
 def config_of(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Config]:
@@ -131,13 +142,15 @@ def config_of(
 
 
 @pytest.fixture
-def lora_train(words: list[str], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def lora_train(
+    words_with: Callable[..., list[str]], tmp_path: Path
+) -> Callable[..., subprocess.Popen[str]]:
     """Starts `lora-train` as a process of its own; `code` runs in it first."""
 
     def start(*changes: str, code: str = "") -> subprocess.Popen[str]:
         program = f"import sys\n{code}\nfrom lora_train.cli import main\nsys.exit(main())"
         return subprocess.Popen(
-            [sys.executable, "-c", program, *words, *changes],
+            [sys.executable, "-c", program, *words_with(*changes)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -29,7 +29,6 @@ OPTIONS = (
     "data.global_batch_size=4",
     "data.micro_batch_size=1",
     f"trainer.max_steps={STEPS}",
-    "trainer.max_epochs=100",
     "optim.lr=5e-3",
     "optim.weight_decay=0.1",
     "optim.lr_scheduler.warmup_steps=3",

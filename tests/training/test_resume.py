@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_train import checkpoint as checkpoint_module
+from lora_train.cli import main
 from lora_train.config import Config
 from lora_train.errors import RunError, UserError
 from lora_train.metrics import read_metrics
@@ -31,14 +32,13 @@ MEASURED = ("step_time_seconds", "tokens_per_second", "max_memory_allocated_byte
 
 
 def final_state(folder: Path, step: int = 8) -> dict[str, Any]:
-    """What must be equal to the bit: weights, optimizer, schedule, generators, metrics."""
+    """What must be equal to the bit: weights, optimizer, generators, metrics."""
     checkpoint = folder / "checkpoints" / f"step-{step:06d}"
     state = torch.load(checkpoint / "state.pt", weights_only=True)
     rows = read_metrics(folder / "metrics.jsonl")
     return {
         "weights": load_file(folder / "adapter" / "adapter_model.safetensors"),
         "optimizer": state["optimizer"],
-        "scheduler": state["scheduler"],
         "random": state["random"],
         "metrics": [{key: row[key] for key in row if key not in MEASURED} for row in rows],
     }
@@ -85,7 +85,7 @@ def test_bf16_on_a_gpu(config_of: Callable[..., Config], tmp_path: Path) -> None
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if any(row["step"] >= step for row in read_metrics(folder / "metrics.jsonl")):
             return
@@ -257,18 +257,103 @@ def test_stop_during_validation(
     assert_same(final_state(folder), uninterrupted)
 
 
-def test_not_finite_keeps_the_last_good_step(
-    config_of: Callable[..., Config], tmp_path: Path
+def test_not_finite_and_gone_on_with(
+    config_of: Callable[..., Config], uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     config = config_of("optim.lr=1e30", "trainer.gradient_clip_val=null")
     with pytest.raises(RunError, match=r"step \d: loss .*: not finite") as caught:
         run(config, argv=[])
-    assert "go on from there by the same command with a lower optim.lr" in str(caught.value)
-    [*_, newest] = sorted((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
-    step = int(newest.name[5:])
-    assert f"step {step + 1}: " in caught.value.message
-    rows = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    assert "the same command with a lower optim.lr goes on from" in str(caught.value)
+    folder = tmp_path / "runs" / "tiny"
+    assert not (folder / "checkpoints").exists(), "weights that give NaN were saved"
+    rows = read_metrics(folder / "metrics.jsonl")
     assert all(row["loss"] < float("inf") for row in rows if "loss" in row)
+    assert run(config_of(), argv=[]) == 0
+    assert_same(final_state(folder), uninterrupted)
+
+
+def stopped_at_4(config_of: Callable[..., Config], *changes: str) -> None:
+    """A run that was told to stop after its fourth step."""
+    from lora_train.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer) -> Any:
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert run(config_of(*changes), argv=[]) == 75
+
+
+def test_a_lower_learning_rate_counts_from_the_resumed_step(
+    config_of: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped_at_4(config_of)
+    assert run(config_of("optim.lr=1e-5", "optim.weight_decay=0.1"), argv=[]) == 0
+    assert "changed since step 4: optim.lr: 0.01 -> 1e-05" in capsys.readouterr().err
+    rows = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    rates = [row["learning_rate"] for row in rows if "loss" in row]
+    assert min(rates[:4]) > 1e-3 and max(rates[4:]) <= 1e-5
+    path = tmp_path / "runs" / "tiny" / "checkpoints" / "step-000008" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
+
+
+def test_changed_data_is_refused(
+    config_of: Callable[..., Config], tiny_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "train.jsonl"
+    lines = (tiny_data / "train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:60]))
+    stopped_at_4(config_of, f"data.path={data}")
+    data.write_text("".join(lines))
+    with pytest.raises(UserError, match="the training data is not what the checkpoint of step 4"):
+        run(config_of(f"data.path={data}"), argv=[])
+    data.write_text("".join(lines[:60]))
+    assert run(config_of(f"data.path={data}"), argv=[]) == 0
+
+
+def test_cut_config_file(
+    config_of: Callable[..., Config], uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    stopped_at_4(config_of)
+    (tmp_path / "runs" / "tiny" / "config.yaml").write_text("")
+    assert run(config_of(), argv=[]) == 0
+    assert_same(final_state(tmp_path / "runs" / "tiny"), uninterrupted)
+
+
+def test_start_without_a_checkpoint_leaves_nothing(
+    config_of: Callable[..., Config], uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    """What a run killed before its first checkpoint wrote is not taken for this run's."""
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("peft: {dim: 99}\n")
+    (folder / "metrics.jsonl").write_text('{"step": 0, "val_loss": 99.0}\n')
+    whole = json.loads((tmp_path / "whole" / "tiny" / "answers_before.json").read_text())
+    (folder / "answers_before.json").write_text(json.dumps(whole | {"answers": ["stale"] * 2}))
+    assert run(config_of(), argv=[]) == 0
+    assert_same(final_state(folder), uninterrupted)
+    assert "stale" not in (folder / "summary.json").read_text()
+
+
+def test_newest_checkpoint_is_never_deleted(tmp_path: Path) -> None:
+    """A broken one of a later step, skipped when the run went on, does not count as kept."""
+
+    def write(step: int) -> checkpoint_module.Checkpoint:
+        return checkpoint_module.write_checkpoint(
+            tmp_path, step, state={"step": step}, save_adapter=lambda folder: folder.mkdir()
+        )
+
+    for step in (2, 4, 100):
+        write(step)
+    (tmp_path / "step-000100" / "state.pt").unlink()
+    (tmp_path / ".writing-step-000050").mkdir()
+    checkpoint_module.delete_old(write(6), keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
 
 
 class TestRunDirectory:
@@ -310,8 +395,23 @@ class TestRunDirectory:
         assert run(config_of("--max-steps", "2"), argv=[]) == 0
         assert run(config_of("--max-steps", "5"), argv=[]) == 0
         assert "changed since step 2: trainer.max_steps: 2 -> 5" in capsys.readouterr().err
-        rows = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+        folder = tmp_path / "runs" / "tiny"
+        rows = read_metrics(folder / "metrics.jsonl")
         assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5]
+        summary = json.loads((folder / "summary.json").read_text())
+        answered = json.loads((folder / "answers_after.json").read_text())
+        assert summary["steps"] == 5
+        assert [sample["after"] for sample in summary["samples"]] == answered["answers"]
+
+    def test_stopped_longer_run_is_not_complete(
+        self, config_of: Callable[..., Config], tmp_path: Path
+    ) -> None:
+        assert run(config_of("--max-steps", "2"), argv=[]) == 0
+        longer = ("trainer.max_steps=null", "trainer.max_epochs=0.5")
+        stopped_at_4(config_of, *longer)
+        assert run(config_of(*longer), argv=[]) == 0
+        summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+        assert summary["steps"] == 7, "half of 28 packs, 2 a step"
 
     def test_other_settings_are_refused_by_name(
         self, config_of: Callable[..., Config], tmp_path: Path
@@ -349,7 +449,7 @@ class TestRunDirectory:
         assert run(config, argv=["lora-train", "--max-steps", "2"]) == 0
         folder = tmp_path / "runs" / "tiny"
         assert resolve(config_file=folder / "config.yaml") == config
-        environment = json.loads((folder / "environment.json").read_text())
+        [environment] = json.loads((folder / "environment.json").read_text())
         assert environment["command"] == ["lora-train", "--max-steps", "2"]
         assert environment["packages"]["torch"] == metadata.version("torch")
         assert list((folder / "trackers").rglob("events.out.tfevents.*"))
@@ -359,20 +459,30 @@ class TestRunDirectory:
 
 
 class TestRefusals:
-    def test_batch_that_does_not_divide(self, config_of: Callable[..., Config]) -> None:
-        with pytest.raises(UserError) as caught:
-            run(config_of("data.global_batch_size=6", "data.micro_batch_size=4"), argv=[])
-        assert str(caught.value) == (
+    def refusal(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+        assert main(words) == 2
+        return capsys.readouterr().err.partition("error: ")[2]
+
+    def test_batch_that_does_not_divide(
+        self, words_with: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = words_with("data.global_batch_size=6", "data.micro_batch_size=4")
+        assert self.refusal(words, capsys) == (
             "data.global_batch_size=6 does not divide into micro-batches of 4 on 1 process\n"
-            "hint: data.micro_batch_size=1 or 2 or 3 or 6, or data.global_batch_size=4 or 8"
+            "hint: data.micro_batch_size=1 or 2 or 3 or 6, or data.global_batch_size=4 or 8\n"
         )
 
-    def test_devices_that_nobody_started(self, config_of: Callable[..., Config]) -> None:
-        with pytest.raises(UserError, match=r"means 2 processes; this run was started with 1"):
-            run(config_of("trainer.devices=2"), argv=[])
+    def test_devices_that_nobody_started(
+        self, words_with: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        message = self.refusal(words_with("trainer.devices=2"), capsys)
+        assert "means 2 processes; this run was started with 1" in message
 
     def test_missing_tracker(
-        self, config_of: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+        self,
+        words_with: Callable[..., list[str]],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         import importlib.util
 
@@ -380,11 +490,9 @@ class TestRefusals:
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
         )
-        with pytest.raises(UserError) as caught:
-            run(config_of("log.trackers=[wandb]"), argv=[])
-        assert str(caught.value) == (
+        assert self.refusal(words_with("log.trackers=[wandb]"), capsys) == (
             "log.trackers: wandb not installed\n"
-            "hint: pip install wandb, or log.trackers=[tensorboard]"
+            "hint: pip install wandb, or log.trackers=[tensorboard]\n"
         )
 
     def test_too_little_room(
@@ -401,15 +509,13 @@ class TestRefusals:
 class TestTwoProcesses:
     """The whole program under torchrun, on CPU ranks."""
 
-    def start(
-        self, words: list[str], tmp_path: Path, *changes: str
-    ) -> subprocess.CompletedProcess[str]:
+    def start(self, words: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
         program = tmp_path / "lora_train_main.py"
         program.write_text("import sys\nfrom lora_train.cli import main\nsys.exit(main())\n")
         return subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node", "2", str(program), *words, *changes,
+                "--nproc-per-node", "2", str(program), *words,
             ],
             capture_output=True,
             text=True,
@@ -421,10 +527,13 @@ class TestTwoProcesses:
         )  # fmt: skip
 
     def test_same_curve_as_one(
-        self, config_of: Callable[..., Config], words: list[str], tmp_path: Path
+        self,
+        config_of: Callable[..., Config],
+        words_with: Callable[..., list[str]],
+        tmp_path: Path,
     ) -> None:
         options = ("peft.dropout=0", "data.global_batch_size=4", "log.name=two")
-        done = self.start(words, tmp_path, *options, "trainer.devices=2")
+        done = self.start(words_with(*options, "trainer.devices=2"), tmp_path)
         assert done.returncode == 0, done.stderr
         assert (
             "4 sequences per step = 1 per micro-batch x 2 accumulated x 2 processes" in done.stderr
