@@ -96,7 +96,7 @@ class Trainer:
         data: PreparedData,
         schedule: BatchSchedule,
         optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
         accelerator: Accelerator,
         max_steps: int,
     ) -> None:
@@ -398,9 +398,13 @@ class Trainer:
         self.train_seconds = state["train_seconds"]
         # the schedule is a function of the step
         self.scheduler.last_epoch = self.step
-        rates = self.scheduler.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, rate, factor in zip(
+            self.optimizer.param_groups,
+            self.scheduler.base_lrs,
+            self.scheduler.lr_lambdas,
+            strict=True,
+        ):
+            group["lr"] = rate * factor(self.step)
         random_states = state["random"]
         if len(random_states) == self.accelerator.num_processes:
             _set_random_state(random_states[self.accelerator.process_index])

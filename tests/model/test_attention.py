@@ -121,7 +121,7 @@ def test_isolation_check_catches_nan(make_model):
     model = make_model("llama")
     model.config.use_cache = False
     model.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(RunError, match="by nan"):
+    with pytest.raises(RunError, match="logits are not finite before training"):
         check_isolation(model, 128, torch.device("cpu"))
 
 
