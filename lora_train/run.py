@@ -84,16 +84,14 @@ def run(config: Config, argv: Sequence[str]) -> int:
     try:
         with StopSignals() as stop:
             return _run(config, argv, directory, stop, console, backlog)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(
-            f"{error.strerror}: {error.filename or directory.path}",
-            hint="make room, then give the same command again",
-        ) from error
     except LoraTrainError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"{error.strerror}: {error.filename or directory.path}",
+                hint="make room, then give the same command again",
+            ) from error
         log.exception("a fault in the program or its libraries")
         raise RunError(
             f"{type(error).__name__}: {error}",

@@ -21,7 +21,7 @@ from lora_train.config import Config, DataConfig, ModelConfig, TrainerConfig
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. What is the capital of France? Paris.",
-    'Split the address into JSON: {"number": "4326", "street": "N Bell Ave", "zip": "60618"}',
+    'Split the address into JSON: {"number": "12", "street": "Main St", "zip": "62701"}',
     "Context: the model answers Question: what does it answer? Answer: the model",
     "system user assistant tool thinking hello world yes no one two three 0123456789",
     "Below is an instruction that describes a task. ### Response: ### Instruction:",

@@ -20,8 +20,8 @@ from lora_train.config import Config
 from lora_train.data.batches import BatchSchedule, collate
 from lora_train.data.prepared import PreparedData, prepare_data
 from lora_train.model import load_base_model, load_tokenizer
-from lora_train.optimizer import make_optimizer, make_scheduler
-from lora_train.trainer import Trainer
+from lora_train.optimizer import make_scheduler
+from lora_train.run import make_trainer
 
 STEPS = 12
 OPTIONS = (
@@ -41,18 +41,8 @@ def ours(config: Config, data: PreparedData, start: Path) -> list[tuple[float, f
     base = load_base_model(config.model, torch.float32, torch.device("cpu"))
     model = attach_adapter(base, config)
     save_adapter(model, start)
-    optimizer = make_optimizer(model, config.optim)
     model.train()
-    trainer = Trainer(
-        config=config,
-        model=model,
-        data=data,
-        schedule=BatchSchedule(len(data.train_packs), config.data.global_batch_size, 0),
-        optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config.optim, STEPS),
-        accelerator=Accelerator(cpu=True),
-        max_steps=STEPS,
-    )
+    trainer = make_trainer(config, model, data, Accelerator(cpu=True))
     results = [trainer.train_step() for _ in range(STEPS)]
     return [(result.loss, result.grad_norm) for result in results]
 
@@ -65,7 +55,9 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         data = self.data
-        schedule = BatchSchedule(len(data.train_packs), self.config.data.global_batch_size, 0)
+        schedule = BatchSchedule(
+            len(data.train_packs), self.config.data.global_batch_size, self.config.trainer.seed
+        )
         for step in range(STEPS):
             for pack in schedule.pack_ids(step):
                 batch = collate(data.train, data.train_packs, [pack])

@@ -17,17 +17,17 @@ from accelerate.utils import set_seed
 from lora_train.adapter import attach_adapter
 from lora_train.attention import generation_attention
 from lora_train.config import Config
-from lora_train.data.batches import Batch, BatchSchedule, collate
+from lora_train.data.batches import Batch, collate
 from lora_train.data.prepared import PreparedData, prepare_data
 from lora_train.errors import RunError
 from lora_train.model import load_base_model, load_tokenizer
-from lora_train.optimizer import make_optimizer, make_scheduler
+from lora_train.run import make_trainer
 from lora_train.trainer import Trainer, loss_sum
 
 CPU = torch.device("cpu")
 
 
-def make_trainer(config: Config) -> Trainer:
+def start_trainer(config: Config) -> Trainer:
     data = prepare_data(config, load_tokenizer(config.model), max_positions=512)
     set_seed(config.trainer.seed)
     model = attach_adapter(load_base_model(config.model, torch.float32, CPU), config)
@@ -36,19 +36,8 @@ def make_trainer(config: Config) -> Trainer:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    optimizer = make_optimizer(model, config.optim)
-    steps = config.trainer.max_steps or 1
     model.train()
-    return Trainer(
-        config=config,
-        model=model,
-        data=data,
-        schedule=BatchSchedule(len(data.train_packs), config.data.global_batch_size, 0),
-        optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config.optim, steps),
-        accelerator=Accelerator(cpu=True),
-        max_steps=steps,
-    )
+    return make_trainer(config, model, data, Accelerator(cpu=True))
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -56,7 +45,7 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def step(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
-    trainer = make_trainer(config)
+    trainer = start_trainer(config)
     result = trainer.train_step()
     return result.loss, gradients(trainer)
 
@@ -76,7 +65,7 @@ def test_micro_batches_of_any_size(config_of: Callable[..., Config], micro_batch
 def test_loss_is_the_mean_over_supervised_tokens(config_of: Callable[..., Config]) -> None:
     """Against a plain computation on each example alone: packing and the normalization at once."""
     config = config_of("peft.dropout=0", "data.global_batch_size=8")
-    trainer = make_trainer(config)
+    trainer = start_trainer(config)
     trainer.model.eval()
     total, count = 0.0, 0
     for pack in trainer.schedule.pack_ids(0):
@@ -98,7 +87,7 @@ def test_loss_is_the_mean_over_supervised_tokens(config_of: Callable[..., Config
 @pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
 def test_packed_equals_alone(config_of: Callable[..., Config], attention: str) -> None:
     config = config_of(f"model.attn_implementation={attention}", "peft.dropout=0")
-    trainer = make_trainer(config)
+    trainer = start_trainer(config)
     data = trainer.data
 
     def grads_of(batches: list[Batch]) -> dict[str, torch.Tensor]:
@@ -136,8 +125,8 @@ from accelerate import PartialState
 from lora_train.config_loading import resolve
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from test_gradients import gradients, make_trainer
-trainer = make_trainer(resolve(config_file=Path(sys.argv[1])))
+from test_gradients import gradients, start_trainer
+trainer = start_trainer(resolve(config_file=Path(sys.argv[1])))
 result = trainer.train_step()
 if trainer.accelerator.is_main_process:
     torch.save({"loss": result.loss, "gradients": gradients(trainer)}, sys.argv[2])
@@ -172,7 +161,7 @@ def test_two_processes(config_of: Callable[..., Config], tmp_path: Path) -> None
 
 
 def test_a_silent_lora_b_stops_the_run(config_of: Callable[..., Config]) -> None:
-    trainer = make_trainer(config_of())
+    trainer = start_trainer(config_of())
     layer = trainer.model.base_model.model.model.layers[1].self_attn.q_proj
     layer.forward = layer.base_layer.forward  # a forward pass that leaves the adapter out
     with pytest.raises(RunError, match="no gradient reaches 1 of the adapter's matrices, first "):
@@ -181,7 +170,7 @@ def test_a_silent_lora_b_stops_the_run(config_of: Callable[..., Config]) -> None
 
 
 def test_infinite_loss_leaves_the_weights(config_of: Callable[..., Config]) -> None:
-    trainer = make_trainer(config_of())
+    trainer = start_trainer(config_of())
     trainer.train_step()
     before = {name: p.detach().clone() for name, p in trainer.trainable.items()}
     with torch.no_grad():
@@ -196,7 +185,7 @@ def test_validation_is_normalized_like_training(config_of: Callable[..., Config]
     losses = []
     for size in (1, 3):
         config = config_of(f"data.micro_batch_size={size}", "data.global_batch_size=6")
-        trainer = make_trainer(config)
+        trainer = start_trainer(config)
         result = trainer.validate()
         assert result is not None
         losses.append(result["val_loss"])
@@ -211,11 +200,11 @@ def count_supervised(data: PreparedData) -> int:
 
 
 def test_limit_val_batches(config_of: Callable[..., Config]) -> None:
-    whole = make_trainer(config_of("data.packed_sequence=false")).validate()
-    part = make_trainer(
+    whole = start_trainer(config_of("data.packed_sequence=false")).validate()
+    part = start_trainer(
         config_of("data.packed_sequence=false", "trainer.limit_val_batches=2")
     ).validate()
-    none = make_trainer(config_of("trainer.limit_val_batches=0")).validate()
+    none = start_trainer(config_of("trainer.limit_val_batches=0")).validate()
     assert whole is not None and part is not None and none is None
     assert part["val_tokens"] < whole["val_tokens"]
 
@@ -224,7 +213,7 @@ def test_state_is_json_and_tensors_only(config_of: Callable[..., Config]) -> Non
     """A checkpoint's state loads without unpickling code."""
     import io
 
-    trainer = make_trainer(config_of())
+    trainer = start_trainer(config_of())
     trainer.train_step()
     buffer = io.BytesIO()
     torch.save(trainer.optimizer.state_dict(), buffer)
