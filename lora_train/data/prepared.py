@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 # raise it when the same input gives other tokens, labels or packs than before
 _FORMAT_VERSION = 1
 # examples rendered and tokenized at once: enough to keep the Rust threads busy, few MB of text
-_CHUNK = 2048
+_CHUNK = 1024
 
 
 def prepare_data(config: Config, tokenizer: Any, *, max_positions: int | None) -> PreparedData:
@@ -110,19 +111,22 @@ def _prepare_set(
     chats: ChatRenderer,
     tokenizer: ExampleTokenizer,
 ) -> tuple[TokenizedSet, Packs, SetReport]:
-    sequences: list[Tokenized] = []
     errors: list[tuple[int, RowError]] = []
-    for begin in range(0, len(examples.items), _CHUNK):
-        rendered = render_examples(examples.items[begin : begin + _CHUNK], chats)
-        texts = []
-        for index, item in enumerate(rendered, begin):
-            if isinstance(item, RowError):
-                errors.append((index, item))
-            else:
-                texts += item
-        if not errors:
-            sequences += tokenizer.tokenize(texts)
-    examples.refuse(errors)
+    pending: list[Future[list[Tokenized]]] = []
+    # the tokenizer works outside of Python: one chunk is tokenized while the next is rendered
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for begin in range(0, len(examples.items), _CHUNK):
+            rendered = render_examples(examples.items[begin : begin + _CHUNK], chats)
+            texts = []
+            for index, item in enumerate(rendered, begin):
+                if isinstance(item, RowError):
+                    errors.append((index, item))
+                else:
+                    texts += item
+            if not errors:
+                pending.append(pool.submit(tokenizer.tokenize, texts))
+        examples.refuse(errors)
+        sequences = [sequence for chunk in pending for sequence in chunk.result()]
 
     fitted = fit(sequences, data, limit, examples)
     if data.train_on == "all":
