@@ -143,10 +143,11 @@ def _run(
         resume_from=directory.checkpoint.adapter if directory.checkpoint else None,
     )
     if config.trainer.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     log.info("adapter: %s", trainable_summary(model))
-    check_isolation(model, model.get_input_embeddings().num_embeddings, accelerator.device)
+    with accelerator.autocast():
+        check_isolation(model, model.get_input_embeddings().num_embeddings, accelerator.device)
 
     trainer = make_trainer(config, model, data, accelerator)
     log.info("run: %s", _describe_run(config, trainer))

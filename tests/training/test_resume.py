@@ -302,6 +302,40 @@ def test_a_lower_learning_rate_counts_from_the_resumed_step(
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "peft.modules_to_save=[lm_head]",
+        "trainer.gradient_checkpointing=true",
+        "peft.use_dora=true",
+        "peft.init=pissa",
+        "model.quantization=nf4",
+        "optim.name=adamw_8bit",
+        "optim.loraplus_lr_ratio=16",
+    ],
+)
+def test_bf16_runs_in_two_parts(
+    words_with: Callable[..., list[str]],
+    config_of: Callable[..., Config],
+    tmp_path: Path,
+    change: str,
+) -> None:
+    """What combines with bf16 autocast trains, and goes on to the bit."""
+    changes = [change, "trainer.precision=bf16"]
+    if "init" in change:
+        changes.append("peft.dropout=0")
+    assert run(config_of(*changes, f"log.log_dir={tmp_path / 'whole'}"), argv=[]) == 0
+    stopped_at_4(config_of, *changes)
+    assert run(config_of(*changes), argv=[]) == 0
+    assert_same(final_state(tmp_path / "runs" / "tiny"), final_state(tmp_path / "whole" / "tiny"))
+    losses = [
+        row["loss"]
+        for row in read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+        if "loss" in row
+    ]
+    assert losses[-1] < losses[0]
+
+
 def test_changed_data_is_refused(
     config_of: Callable[..., Config], tiny_data: Path, tmp_path: Path
 ) -> None:
