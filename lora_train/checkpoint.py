@@ -1,8 +1,8 @@
 """Checkpoints that are either complete or visibly not, verified when they are read.
 
-A checkpoint is `checkpoints/step-000050/` with `adapter/` (plain PEFT format), `state.pt`
-(optimizer, schedule and random number generators) and, written last, `complete.json`: the size and
-SHA-256 of every other file.
+A checkpoint is `checkpoints/step-000050/` with `adapter/` (plain PEFT format), `state.pt` (what
+else the trainer needs to go on) and, written last, `complete.json`: the size and SHA-256 of every
+other file.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def write_checkpoint(
     import torch
 
     final = root / f"step-{step:06d}"
-    if _fault(final) is None and final.exists():
+    if _fault(final) is None:
         return Checkpoint(final, step)  # stopped right after a periodic save
     root.mkdir(parents=True, exist_ok=True)
     for torn in root.glob(".writing-*"):  # of a run that was killed in mid-save

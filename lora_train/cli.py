@@ -15,6 +15,7 @@ from pathlib import Path
 
 import lora_train
 from lora_train import exit_status
+from lora_train.config import Config
 from lora_train.errors import LoraTrainError
 
 _BOOLEAN_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
@@ -30,6 +31,17 @@ class CommandLine:
     dry_run: bool = False
     overrides: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    def resolve(self) -> Config:
+        """The configuration that the words mean, validated; `config_loading.resolve` raises."""
+        from lora_train.config_loading import resolve
+
+        return resolve(
+            factory=self.factory,
+            config_file=self.config_file,
+            overrides=self.overrides,
+            problems=self.problems,
+        )
 
 
 def parse_command_line(words: Sequence[str]) -> CommandLine:
@@ -133,18 +145,23 @@ def _is_switch(dotted: str) -> bool:
     return leaf_types()[dotted] in (bool, bool | None)
 
 
+def _prepare_imports() -> None:
+    """Set what torch and bitsandbytes look at once, when they are imported."""
+    # bitsandbytes reports a CPU kernel that it has a spare for, and does without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # How long a waiting OpenMP thread spins before it sleeps. Its own count takes the core of
+    # whatever else runs: 5 steps of the quickstart on 2 cores beside one busy process took over
+    # 100 s, with this count 28 s; alone 17 s and 16 s.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def _train(words: Sequence[str]) -> int:
-    from lora_train.config_loading import DEFAULT_FACTORY, resolve, to_yaml
+    from lora_train.config_loading import DEFAULT_FACTORY, to_yaml
     from lora_train.distributed import check_devices, gradient_accumulation_steps
     from lora_train.metrics import check_trackers
 
     parsed = parse_command_line(words)
-    config = resolve(
-        factory=parsed.factory,
-        config_file=parsed.config_file,
-        overrides=parsed.overrides,
-        problems=parsed.problems,
-    )
+    config = parsed.resolve()
     check_devices(config)
     gradient_accumulation_steps(config)
     check_trackers(config)
@@ -158,12 +175,6 @@ def _train(words: Sequence[str]) -> int:
             file=sys.stderr,
         )
 
-    # on import it reports a CPU kernel that it has a spare for, and does without
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # How long a waiting thread spins before it sleeps; OpenMP reads it when torch is imported. Its
-    # own count takes the core of whatever else runs: 5 steps of the quickstart on 2 cores beside
-    # one busy process took over 100 s, with this count 28 s; alone 17 s and 16 s.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from lora_train.run import run  # imports torch, only now
 
     return run(config, argv=["lora-train", *words])
@@ -179,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status, see `exit_status`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _prepare_imports()
     try:
         if words[:1] == ["generate"]:
             from lora_train.commands import generate

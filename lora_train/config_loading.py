@@ -264,18 +264,19 @@ def _accepts(annotation: Any, kind: type) -> bool:
 
 def _file_values(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
     try:
-        return {dotted: _plain(dotted, value) for dotted, value in _flatten(tree)}
+        return {dotted: _plain(dotted, value) for dotted, value in flatten(tree)}
     except RecursionError as error:  # an alias inside its own anchor
         raise UserError(f"{source}: nested too deeply") from error
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a tree's values under their dotted names; a mapping that is one key's value stays."""
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping) and dotted not in leaf_types():
             if not value and dotted not in section_names():
                 yield dotted, value  # an unknown empty section is a mistake too
-            yield from _flatten(value, f"{dotted}.")
+            yield from flatten(value, f"{dotted}.")
         elif dotted in section_names() and value is None:
             continue  # `optim:` with nothing under it
         else:

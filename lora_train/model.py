@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from lora_train.attention import choose_attention
 from lora_train.config import ModelConfig
@@ -118,9 +116,6 @@ def load_base_model(
             bnb_4bit_use_double_quant=config.double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
-    if not sys.stderr.isatty():
-        # a progress bar in a job's log is hundreds of lines
-        disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,

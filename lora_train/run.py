@@ -25,7 +25,7 @@ from lora_train.adapter import attach_adapter, save_adapter, trainable_summary
 from lora_train.answers import AnswerReport, answer_held_out
 from lora_train.attention import check_isolation, packing_kwargs
 from lora_train.config import Config
-from lora_train.config_loading import to_tree
+from lora_train.config_loading import flatten, to_tree
 from lora_train.data.audit import audit
 from lora_train.data.batches import BatchSchedule, collate
 from lora_train.data.held_out import HeldOutExample, held_out_examples
@@ -182,10 +182,9 @@ def _train_and_evaluate(
 
     def answers(when: str) -> AnswerReport | None:
         """Answer the held-out examples once; a run that goes on reads what it answered before."""
-        kept = directory.read_json(f"answers_{when}.json")
-        asked = [[example.prompt for example in examples], config.eval.max_new_tokens]
-        if kept is not None and kept["asked"] == asked:
-            return AnswerReport.from_dict(kept)
+        kept = _kept_answers(config, directory, when, examples)
+        if kept is not None:
+            return kept
         if not examples or not accelerator.is_main_process:
             return None
         log.info("answering %d held-out examples (%s training)", len(examples), when)
@@ -196,6 +195,7 @@ def _train_and_evaluate(
                 stop=stop, console=console,
             )  # fmt: skip
         if report is not None:
+            asked = _asked(config, examples)
             directory.write_json(f"answers_{when}.json", report.to_dict() | {"asked": asked})
         return report
 
@@ -237,6 +237,21 @@ def _train_and_evaluate(
     return exit_status.OK
 
 
+def _asked(config: Config, examples: list[HeldOutExample]) -> list[Any]:
+    """What an answer depends on besides the weights."""
+    return [[example.prompt for example in examples], config.eval.max_new_tokens]
+
+
+def _kept_answers(
+    config: Config, directory: RunDirectory, when: str, examples: list[HeldOutExample]
+) -> AnswerReport | None:
+    """The answers that an earlier part of the run kept, if it was asked the same."""
+    kept = directory.read_json(f"answers_{when}.json")
+    if kept is None or kept["asked"] != _asked(config, examples):
+        return None
+    return AnswerReport.from_dict(kept)
+
+
 def _finish(
     config: Config,
     directory: RunDirectory,
@@ -250,12 +265,11 @@ def _finish(
     save_adapter(trainer.model, unfinished)
     shutil.rmtree(directory.adapter, ignore_errors=True)
     unfinished.rename(directory.adapter)
-    kept = directory.read_json("answers_before.json")
     summary = make_summary(
         name=str(config.log.name),
         run_directory=directory.path,
         examples=examples,
-        before=AnswerReport.from_dict(kept) if kept is not None else None,
+        before=_kept_answers(config, directory, "before", examples),
         after=after,
         train_seconds=trainer.train_seconds,
     )
@@ -276,24 +290,22 @@ def _open_together(config: Config, processes: PartialState) -> RunDirectory:
     Raises:
         UserError: see `open_run_directory`; on every process.
     """
-    opened: list[Any] = [None]
+    opened: Any = None
     if processes.is_main_process:
         try:
-            opened = [open_run_directory(config)]
+            opened = open_run_directory(config)
         except UserError as error:
-            opened = [error]
-    if processes.num_processes == 1:
-        found = opened[0]
-    else:
-        shared = opened[0]
-        if isinstance(shared, RunDirectory):
-            shared = dataclasses.replace(shared, lock=None)
-        [found] = broadcast_object_list([shared])
-        if processes.is_main_process:
-            found = opened[0]
-    if isinstance(found, UserError):
-        raise found
-    return found
+            opened = error
+    if processes.num_processes > 1:
+        # the lock is an open file of the main process
+        is_open = isinstance(opened, RunDirectory)
+        [shared] = broadcast_object_list(
+            [dataclasses.replace(opened, lock=None) if is_open else opened]
+        )
+        opened = opened if processes.is_main_process else shared
+    if isinstance(opened, UserError):
+        raise opened
+    return opened
 
 
 def _make_accelerator(config: Config, directory: RunDirectory) -> Accelerator:
@@ -361,11 +373,7 @@ def _let_autocast_cast(model: Any) -> None:
 def _open_metrics(config: Config, directory: RunDirectory, trainer: Trainer) -> MetricsLog:
     accelerator = trainer.accelerator
     if config.log.trackers:
-        flat = {
-            f"{section}.{key}": str(value)
-            for section, keys in to_tree(config).items()
-            for key, value in keys.items()
-        }
+        flat = {dotted: str(value) for dotted, value in flatten(to_tree(config))}
         accelerator.init_trackers(
             "lora-train",
             config=flat,

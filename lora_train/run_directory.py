@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from lora_train import __version__
 from lora_train.checkpoint import Checkpoint, newest_complete
 from lora_train.config import Config
-from lora_train.config_loading import read_yaml, to_tree, to_yaml
+from lora_train.config_loading import flatten, read_yaml, to_tree, to_yaml
 from lora_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -186,9 +186,10 @@ def is_finished(config: Config, directory: RunDirectory, summary: dict[str, Any]
 
 def _compare(config: Config, path: Path, checkpoint: Checkpoint) -> None:
     """Refuse settings that contradict the checkpoint; say which others changed."""
-    before, now = _flat(read_yaml(path / "config.yaml")), _flat(to_tree(config))
+    before = dict(flatten(read_yaml(path / "config.yaml")))
+    now = dict(flatten(to_tree(config)))
     changed = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
+        f"{key}: {before[key]} -> {now[key]}"
         for key in sorted(before.keys() & now.keys())
         if before[key] != now[key] and not key.startswith(_FREE)
     ]
@@ -201,16 +202,6 @@ def _compare(config: Config, path: Path, checkpoint: Checkpoint) -> None:
         )
     for line in changed:
         log.warning("changed since step %d: %s", checkpoint.step, line)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _first_unused(path: Path) -> Path:

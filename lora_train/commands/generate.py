@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -137,8 +136,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _load(source: Source, options: argparse.Namespace) -> Speaker:
-    # about a faster kernel that it looks for, and does not need
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
     from transformers.utils import logging as transformers_logging
 

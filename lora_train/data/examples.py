@@ -146,6 +146,25 @@ def read_sets(sources: Sources, data: DataConfig, seed: int) -> tuple[Examples, 
     return train.subset(np.sort(shuffled[num_held_out:])), validation
 
 
+def read_validation(sources: Sources, data: DataConfig, seed: int) -> Examples | None:
+    """Read the validation examples alone; the training rows only where they are held out of them.
+
+    Args:
+        sources: where they are.
+        data: the data section.
+        seed: as for `read_sets`.
+
+    Returns:
+        The same validation examples as `read_sets`; None without validation.
+
+    Raises:
+        UserError: a line is bad.
+    """
+    if sources.validation is not None:
+        return read_examples(sources.validation, data.format)
+    return read_sets(sources, data, seed)[1]
+
+
 def held_out_name(name: str) -> str:
     """Return what messages call the rows held out from a set."""
     return f"{name} (held out)"

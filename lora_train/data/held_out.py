@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_train.config import Config
-from lora_train.data.examples import read_sets
+from lora_train.data.examples import read_validation
 from lora_train.data.formats import Chat, Text, answer_text
 from lora_train.data.messages import RowError
 from lora_train.data.rendering import ChatRenderer, as_chat, raw_parts
@@ -48,7 +48,7 @@ def held_out_examples(config: Config, tokenizer: Any, limit: int) -> list[HeldOu
     data, seed = config.data, config.trainer.seed
     if limit == 0:
         return []
-    _, validation = read_sets(find_sources(data, seed), data, seed)
+    validation = read_validation(find_sources(data, seed), data, seed)
     if validation is None:
         return []
     example_tokenizer = ExampleTokenizer(tokenizer, add_bos=data.add_bos)

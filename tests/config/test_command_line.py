@@ -23,13 +23,7 @@ from lora_train.config_loading import (
 
 
 def config_of(*words: str) -> Config:
-    parsed = parse_command_line(words)
-    return resolve(
-        factory=parsed.factory,
-        config_file=parsed.config_file,
-        overrides=parsed.overrides,
-        problems=parsed.problems,
-    )
+    return parse_command_line(words).resolve()
 
 
 class TestRecipes:

@@ -8,18 +8,11 @@ import pytest
 
 from lora_train.cli import parse_command_line
 from lora_train.config import Config
-from lora_train.config_loading import resolve
 from lora_train.errors import UserError
 
 
 def config_of(*words: str) -> Config:
-    parsed = parse_command_line(words)
-    return resolve(
-        factory=parsed.factory,
-        config_file=parsed.config_file,
-        overrides=parsed.overrides,
-        problems=parsed.problems,
-    )
+    return parse_command_line(words).resolve()
 
 
 def problems_of(*words: str) -> list[str]:

@@ -336,6 +336,23 @@ def test_bf16_runs_in_two_parts(
     assert losses[-1] < losses[0]
 
 
+def test_changed_rank_pattern_is_refused(config_of: Callable[..., Config]) -> None:
+    stopped_at_4(config_of)
+    with pytest.raises(UserError, match=r"peft.rank_pattern: \{\} -> \{'q_proj': 2\}"):
+        run(config_of("peft.rank_pattern={q_proj: 2}"), argv=[])
+
+
+def test_other_held_out_questions_after_a_resume(
+    config_of: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Answers from before are shown beside those after only when both were asked the same."""
+    stopped_at_4(config_of)
+    assert run(config_of("eval.num_generate=4"), argv=[]) == 0
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert summary["before"]["exact_match"] is None
+    assert summary["num_generate"] == 4 and summary["samples"] == []
+
+
 def test_changed_data_is_refused(
     config_of: Callable[..., Config], tiny_data: Path, tmp_path: Path
 ) -> None:
