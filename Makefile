@@ -43,6 +43,23 @@ train: setup  ## train; ARGS='--factory NAME key=value ...', without ARGS the em
 test: $(DEV_STAMP) setup  ## run the tests; ARGS='-k NAME' goes to pytest
 	@$(VENV)/bin/pytest $(ARGS)
 
+.PHONY: test-gpu
+test-gpu: $(DEV_STAMP) setup  ## on a GPU: the kernels against truth, then under compute-sanitizer
+	@$(VENV)/bin/python -c "import torch; raise SystemExit(not torch.cuda.is_available())" \
+	  || { echo "make test-gpu: torch sees no GPU" >&2; exit 2; }
+	@$(VENV)/bin/pytest tests/ops tests/training tests/model $(ARGS)
+	@kernels/benchmarks/memcheck.sh $(VENV)/bin/python
+
+.PHONY: bench
+bench: $(DEV_STAMP) setup  ## on a GPU: each operation, then whole steps beside the peers
+	@$(VENV)/bin/pip install --quiet --no-deps --require-hashes -r requirements-bench.lock
+	@$(VENV)/bin/python kernels/benchmarks/benchmark_operations.py
+	@$(VENV)/bin/python kernels/benchmarks/benchmark_training_step.py
+
+.PHONY: tune
+tune: $(DEV_STAMP) setup  ## on a GPU: write its launch tables
+	@$(VENV)/bin/python kernels/benchmarks/tune.py
+
 .PHONY: lint
 lint: $(DEV_STAMP)  ## check style: ruff, docstrings against signatures, shell scripts
 	$(VENV)/bin/ruff check

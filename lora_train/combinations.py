@@ -104,6 +104,19 @@ def _optimizer_conflicts(config: Config) -> list[str]:
 def _model_conflicts(config: Config) -> list[str]:
     found = []
     saved = set(config.peft.modules_to_save)
+    if config.kernels.fused == "required":
+        found += [
+            f"kernels.fused=required with {option}: {reason}; set kernels.fused=auto"
+            for option, is_set, reason in (
+                ("peft.use_dora=true", config.peft.use_dora, "DoRA runs PEFT's own forward"),
+                (
+                    "trainer.precision=fp32",
+                    config.trainer.precision == "fp32",
+                    "the kernels compute in bf16",
+                ),
+            )
+            if is_set
+        ]
     targets = config.peft.target_modules
     both = sorted(saved & set(targets)) if not isinstance(targets, str) else []
     if both:

@@ -187,6 +187,16 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """The fused LoRA kernels."""
+
+    __pydantic_config__ = _STRICT
+
+    fused: Literal["auto", "off", "required"] = "auto"
+    """auto: fuse what fits on a capable GPU and say what does not. required: refuse if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Answers generated for held-out examples, before and after training."""
 
@@ -258,6 +268,8 @@ class Config:
     """The optimizer of the adapter weights."""
     trainer: TrainerConfig = TrainerConfig()
     """The run: length, devices, precision, validation."""
+    kernels: KernelsConfig = KernelsConfig()
+    """The fused LoRA kernels."""
     eval: EvalConfig = EvalConfig()
     """Answers generated for held-out examples, before and after training."""
     log: LogConfig = LogConfig()

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from logging.handlers import MemoryHandler
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -39,6 +39,7 @@ from lora_train.device import (
 )
 from lora_train.distributed import gradient_accumulation_steps, world_size
 from lora_train.errors import LoraTrainError, RunError, UserError
+from lora_train.fusion import fuse_model
 from lora_train.logs import keep_log, start_log
 from lora_train.metrics import MetricsLog, keep_trackers_offline
 from lora_train.model import describe_model, load_base_model, load_tokenizer
@@ -49,6 +50,9 @@ from lora_train.run_directory import RunDirectory, is_finished, open_run_directo
 from lora_train.stop_signals import StopSignals
 from lora_train.summary import make_summary, print_summary
 from lora_train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from lora_kernels.peft_bridge import Fusion
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +150,11 @@ def _run(
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     log.info("adapter: %s", trainable_summary(model))
+    fusion = fuse_model(model, config, accelerator.device)
     with accelerator.autocast():
         check_isolation(model, model.get_input_embeddings().num_embeddings, accelerator.device)
 
-    trainer = make_trainer(config, model, data, accelerator)
+    trainer = make_trainer(config, model, data, accelerator, fusion)
     log.info("run: %s", _describe_run(config, trainer))
     if warmup_steps(config.optim.lr_scheduler, trainer.max_steps) >= trainer.max_steps:
         log.warning("warm-up takes all of the steps: the learning rate never reaches optim.lr")
@@ -326,7 +331,11 @@ def _make_accelerator(config: Config, directory: RunDirectory) -> Accelerator:
 
 
 def make_trainer(
-    config: Config, model: Any, data: PreparedData, accelerator: Accelerator
+    config: Config,
+    model: Any,
+    data: PreparedData,
+    accelerator: Accelerator,
+    fusion: Fusion | None = None,
 ) -> Trainer:
     """Put a trainer together, at step 0.
 
@@ -335,6 +344,7 @@ def make_trainer(
         model: what `attach_adapter` returned.
         data: the prepared data.
         accelerator: device and precision.
+        fusion: what of the model the kernels run.
 
     Returns:
         The trainer, with its optimizer and schedule.
@@ -357,6 +367,7 @@ def make_trainer(
         scheduler=make_scheduler(optimizer, config.optim, max_steps),
         accelerator=accelerator,
         max_steps=max_steps,
+        fusion=fusion,
     )
 
 

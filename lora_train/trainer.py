@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,10 +35,13 @@ from lora_train.progress import Progress
 from lora_train.run_directory import RunDirectory
 from lora_train.stop_signals import StopSignals
 
+if TYPE_CHECKING:
+    from lora_kernels.peft_bridge import Fusion
+
 log = logging.getLogger(__name__)
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+def loss_sum(model: nn.Module, batch: Batch, fusion: Fusion | None = None) -> Tensor:
     """Cross-entropy summed over the supervised tokens of one micro-batch.
 
     Only the positions that predict a supervised token go through the language-model head.
@@ -46,10 +49,18 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     Args:
         model: a causal language model of transformers, with or without a PEFT adapter.
         batch: one padding-free row, on the model's device.
+        fusion: what of the model the kernels run.
 
     Returns:
         Scalar, fp32, in nats.
     """
+    targets = batch.labels[0, batch.predicting + 1]
+    decoder = None if fusion is None else fusion.decoder
+    if decoder is not None and decoder.obstacle_now() is None:
+        return decoder.loss_sum(
+            batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen,
+            batch.predicting, targets,
+        )  # fmt: skip
     attention: str = model.config._attn_implementation  # type: ignore[union-attr, assignment]
     logits = model(
         input_ids=batch.input_ids,
@@ -58,7 +69,6 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
         use_cache=False,
         **packing_kwargs(attention, batch.cu_seqlens, batch.max_seqlen),
     ).logits
-    targets = batch.labels[0, batch.predicting + 1]
     return nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
 
 
@@ -86,6 +96,7 @@ class Trainer:
         scheduler: learning rate, stepped once per optimizer step.
         accelerator: precision, devices, trackers.
         max_steps: optimizer steps of the whole run.
+        fusion: what of the model the kernels run; None: nothing.
     """
 
     def __init__(
@@ -99,6 +110,7 @@ class Trainer:
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         accelerator: Accelerator,
         max_steps: int,
+        fusion: Fusion | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -107,6 +119,7 @@ class Trainer:
         self.scheduler = scheduler
         self.accelerator = accelerator
         self.max_steps = max_steps
+        self.fusion = fusion
         self.step = 0
         self.train_seconds = 0.0
         self.schedule = schedule
@@ -135,7 +148,8 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
             with self.accelerator.autocast():
-                loss = loss_sum(self.model, batch.to(self.accelerator.device)) / supervised
+                loss = loss_sum(self.model, batch.to(self.accelerator.device), self.fusion)
+                loss = loss / supervised
             self.accelerator.backward(loss)
             total += loss.detach()
         for parameter in parameters:
@@ -147,6 +161,12 @@ class Trainer:
             self._check_gradients_flow()
         clip = self.config.trainer.gradient_clip_val
         norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            # before the loss is read, for which the GPU would wait: the fused optimizer does
+            # nothing where found_inf is not zero
+            is_finite = torch.isfinite(total) & torch.isfinite(norm)
+            self.optimizer.found_inf = 1 - is_finite.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
         loss_value, norm_value = torch.stack([total, norm]).tolist()
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
             raise RunError(
@@ -156,7 +176,8 @@ class Trainer:
                 "the one before",
             )
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            self.optimizer.step()
         self.scheduler.step()
         self.step += 1
         tokens = sum(batch.input_ids.numel() for batch in batches)
@@ -225,7 +246,7 @@ class Trainer:
                 break
             batch = collate(examples, packs, row).to(accelerator.device)
             with accelerator.autocast():
-                total += loss_sum(self.model, batch)
+                total += loss_sum(self.model, batch, self.fusion)
             tokens += batch.num_supervised
         self.model.train()
         sums = torch.tensor([total.item(), tokens, stopped], dtype=torch.float64)

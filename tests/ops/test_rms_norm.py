@@ -4,7 +4,7 @@ from truth import assert_close_to_truth, poisoned
 
 from lora_kernels import launch, rms_norm
 from lora_kernels.dropout import Dropout, apply_dropout_reference
-from lora_kernels.reference_parts_rms_norm import (
+from lora_kernels.reference import (
     reference_add_rms_norm_forward,
     reference_rms_norm_backward,
 )

@@ -5,7 +5,7 @@ import torch
 from truth import assert_close_to_truth, poisoned
 
 from lora_kernels.dropout import Dropout
-from lora_kernels.reference_parts_swiglu import (
+from lora_kernels.reference import (
     reference_swiglu_backward,
     reference_swiglu_forward,
 )

@@ -37,3 +37,20 @@ def assert_close_to_truth(
     slack = 16 * epsilon if actual.dtype == torch.float64 else min(epsilon, 2.0**-20)
     allowed += slack * (truth.abs().max().item() + 1)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_norm_close_to_truth(
+    actual: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, name: str = "result"
+) -> None:
+    """The bound on the norm of the error, for results of many operations.
+
+    The largest of their errors depends on chance, and would ask for more than twice.
+    """
+    assert actual.shape == truth.shape, f"{name}: {tuple(actual.shape)} for {tuple(truth.shape)}"
+    error = (actual.double() - truth).norm().item()
+    allowed = 2 * (same_dtype.double() - truth).norm().item()
+    epsilon = torch.finfo(actual.dtype).eps
+    slack = 64 * epsilon if actual.dtype == torch.float64 else min(epsilon, 2.0**-20)
+    allowed += slack * (truth.norm().item() + 1)
+    # a comparison with NaN is False
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

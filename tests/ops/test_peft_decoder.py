@@ -1,0 +1,304 @@
+"""The whole-decoder path against stock PEFT on tiny models: losses, gradients, fall-backs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from typing import Any
+
+import pytest
+import torch
+from decoder_models import ALL_LINEARS, FAMILIES, adapter_gradients, make_model, make_row
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from lora_kernels.dropout import Dropout, apply_dropout_reference
+from lora_kernels.peft_decoder import FusedDecoder, decoder_obstacle
+
+
+def loss_of(model: PeftModel, row: dict[str, Any]) -> torch.Tensor:
+    logits = model(use_cache=False, **row).logits[0, :-1].float()
+    return nn.functional.cross_entropy(logits, row["input_ids"][0, 1:], reduction="sum")
+
+
+def assert_fused_equals_stock(stock: PeftModel, row: dict[str, Any]) -> FusedDecoder:
+    model = copy.deepcopy(stock)
+    expected = loss_of(stock, row)
+    expected.backward()
+    assert decoder_obstacle(model) is None
+    fused = FusedDecoder(model)
+    assert fused.obstacle_now() is None
+    actual = loss_of(model, row)
+    actual.backward()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(model, stock)
+    return fused
+
+
+def assert_same_gradients(model: PeftModel, stock: PeftModel) -> None:
+    """Two fp32 results of the same formulas; the bound against truth stands in test_decoder.py."""
+    gradients, expected = adapter_gradients(model), adapter_gradients(stock)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        error = (gradient - expected[name]).norm()
+        assert error <= 1e-4 * expected[name].norm() + 1e-6, f"{name}: {error:.3g}"
+
+
+@pytest.fixture
+def was_fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Gets an entry for each pass that the fused decoder made."""
+    passes: list[bool] = []
+    original = FusedDecoder.hidden_states
+
+    def hidden_states(self: FusedDecoder, *args: Any, **kwargs: Any) -> torch.Tensor:
+        passes.append(True)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(FusedDecoder, "hidden_states", hidden_states)
+    return passes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_stock_peft(family, was_fused, device):
+    assert_fused_equals_stock(make_model(family, device=device), make_row(device=device))
+    assert was_fused
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 1},
+        {"r": 24, "use_rslora": True},
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1]},
+        {"rank_pattern": {"k_proj": 17, "gate_proj": 2}, "alpha_pattern": {"o_proj": 3}},
+        {"r": 80},
+    ],
+    ids=lambda lora: "-".join(lora),
+)
+def test_ranks_alphas_and_targets_of_any_kind(lora, device):
+    assert_fused_equals_stock(make_model(device=device, **lora), make_row(device=device))
+
+
+def test_rows_of_a_batch_are_sequences_of_their_own(device):
+    tokens = make_row((8, 8, 8), device)["input_ids"].view(3, 8)
+    stock = make_model(device=device)
+    model = copy.deepcopy(stock)
+    FusedDecoder(model)
+    losses = [each(input_ids=tokens, labels=tokens).loss for each in (stock, model)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_rows_that_are_read_are_computed(device):
+    row = make_row(device=device)
+    stock = make_model("qwen3", device=device)
+    model = copy.deepcopy(stock)
+    fused = FusedDecoder(model)
+    predicting = torch.tensor([2, 3, 9, 17], device=device)
+    targets = row["input_ids"][0, predicting + 1]
+    logits = stock(use_cache=False, **row).logits[0, predicting]
+    expected = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    actual = fused.loss_sum(
+        row["input_ids"], row["position_ids"], row["cu_seq_lens_q"], row["max_length_q"],
+        predicting, targets,
+    )  # fmt: skip
+    expected.backward()
+    actual.backward()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(model, stock)
+
+
+def test_checkpointing_and_accumulation_give_the_same_bits(device):
+    row = make_row(device=device)
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(device=device, lora_dropout=0.25)
+        FusedDecoder(model)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        torch.manual_seed(5)
+        for _ in range(2):
+            loss_of(model, row).backward()
+        gradients.append(adapter_gradients(model))
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+class _GivenDropout(nn.Module):
+    """PEFT's dropout module with the mask that the kernels draw."""
+
+    def __init__(self, dropout: Dropout) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return apply_dropout_reference(x.flatten(0, -2), self.dropout).view_as(x)
+
+
+def test_dropout_is_that_of_the_counter(device):
+    stock = make_model(device=device, lora_dropout=0.3)
+    model = copy.deepcopy(stock)
+    row = make_row(device=device)
+    fused = FusedDecoder(model)
+    torch.manual_seed(5)
+    actual = loss_of(model, row)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**31, ()))
+    numbers = dict(zip(ALL_LINEARS, (0, 0, 0, 1, 2, 2, 3), strict=True))
+    for index, layer in enumerate(stock.get_base_model().model.layers):
+        for name, number in numbers.items():
+            part = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
+            given = _GivenDropout(Dropout(0.3, seed, 4 * index + number))
+            getattr(part, name).lora_dropout["default"] = given
+    expected = loss_of(stock, row)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    actual.backward()
+    expected.backward()
+    assert_same_gradients(model, stock)
+    # and in eval mode nothing is dropped
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model.eval(), row), loss_of(stock_eval(stock), row))
+    assert fused.obstacle_now() is None
+
+
+def stock_eval(model: PeftModel) -> PeftModel:
+    for module in model.modules():
+        if isinstance(module, _GivenDropout):
+            module.dropout = Dropout(0.0, 0, 0)
+    return model.eval()
+
+
+def test_new_weights_count_at_the_next_pass(device):
+    row = make_row(device=device)
+    stock = make_model(device=device)
+    model = copy.deepcopy(stock)
+    FusedDecoder(model)
+    for each in (stock, model):
+        for parameter in each.parameters():
+            if parameter.requires_grad:
+                # leaves no trace in the version counter
+                parameter.data.mul_(0.5)
+        for module in each.modules():
+            if hasattr(module, "lora_A"):
+                module.scaling["default"] = 3.0
+    torch.testing.assert_close(loss_of(model, row), loss_of(stock, row), rtol=1e-5, atol=1e-5)
+
+
+def test_zero_b_is_the_base_model_to_the_bit(device):
+    row = make_row(device=device)
+    model = make_model(device=device)
+    FusedDecoder(model)
+    results = []
+    for fill in (0.0, None):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.0)
+                elif "lora_A" in name and fill is None:
+                    parameter.normal_()
+            results.append(model(use_cache=False, **row).logits)
+    assert torch.equal(*results)
+
+
+def test_save_load_merge_generate_and_undo_are_pefts_own(tmp_path, device):
+    row = make_row(device=device)
+    stock = make_model("qwen2", device=device)
+    model = copy.deepcopy(stock)
+    fused = FusedDecoder(model)
+    prompt = row["input_ids"][:, :5]
+    for each in (stock, model):
+        each.eval()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        model.generate(input_ids=prompt, **options), stock.generate(input_ids=prompt, **options)
+    )
+    stock.save_pretrained(tmp_path / "stock")
+    model.save_pretrained(tmp_path / "fused")
+    weights, settings = [], []
+    for kind in ("stock", "fused"):
+        weights.append((tmp_path / kind / "adapter_model.safetensors").read_bytes())
+        found = json.loads((tmp_path / kind / "adapter_config.json").read_text())
+        # PEFT writes a set
+        settings.append(found | {"target_modules": sorted(found["target_modules"])})
+    assert weights[0] == weights[1]
+    assert settings[0] == settings[1]
+    with torch.no_grad():
+        expected = loss_of(stock, row)
+        with model.disable_adapter(), stock.disable_adapter():
+            torch.testing.assert_close(loss_of(model, row), loss_of(stock, row))
+        model.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(loss_of(model, row), expected, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+        torch.testing.assert_close(loss_of(model, row), expected, rtol=1e-4, atol=1e-4)
+    fused.undo()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2:
+            assert weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model, row), expected, rtol=1e-4, atol=1e-4)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+
+
+def test_a_merged_model_is_saved_while_fused(tmp_path, device):
+    row = make_row(device=device)
+    model = make_model(device=device)
+    FusedDecoder(model)
+    model.eval()
+    with torch.no_grad():
+        expected = loss_of(model, row)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(loss_of(merged, row), expected, rtol=1e-4, atol=1e-4)
+        merged.save_pretrained(tmp_path)
+        again = type(merged).from_pretrained(tmp_path, attn_implementation="sdpa").to(device)
+        torch.testing.assert_close(loss_of(again, row), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_adapter_takes_pefts_forward(device, caplog):
+    row = make_row(device=device)
+    stock = make_model(device=device)
+    model = copy.deepcopy(stock)
+    FusedDecoder(model)
+    for each in (stock, model):
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        each.add_adapter("other", config)
+        each.set_adapter("other")
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        torch.testing.assert_close(loss_of(model, row), loss_of(stock, row))
+        loss_of(model, row)
+    assert caplog.text.count("the active adapters are ['other']") == 1
+    for each in (stock, model):
+        each.set_adapter("default")
+    torch.testing.assert_close(loss_of(model, row), loss_of(stock, row), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_backward_is_refused(device):
+    model = make_model(device=device)
+    FusedDecoder(model)
+    loss = loss_of(model, make_row(device=device))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"use_dora": True}, "layers.0.self_attn.q_proj is a DoraLinearVariant"),
+        ({"lora_bias": True}, "lora_B of layers.0.self_attn.q_proj has a bias"),
+        ({"modules_to_save": ["input_layernorm"]}, "layers.0.input_layernorm is trained in full"),
+    ],
+)
+def test_what_does_not_fit_is_named(lora, reason, device):
+    assert decoder_obstacle(make_model(device=device, **lora)) == reason
+
+
+def test_the_lm_head_may_be_trained(device):
+    row = make_row(device=device)
+    stock = make_model("mistral", device=device, modules_to_save=["lm_head"])
+    fused = assert_fused_equals_stock(stock, row)
+    head = fused.model.get_base_model().lm_head.modules_to_save["default"].weight
+    assert head.grad is not None
