@@ -22,7 +22,8 @@ TORCH_STAMP := $(VENV)/.stamp-torch-$(TORCH_VERSION)-$(TORCH_CUDA)
 RUNTIME_STAMP := $(VENV)/.stamp-runtime
 DEV_STAMP := $(VENV)/.stamp-dev
 INSTALL := setup/install.sh
-SHELL_FILES = $(wildcard .ci/run setup/*.sh entrypoint/*.sh entrypoint/lib/*.sh slurm/*.slurm)
+SHELL_FILES = $(wildcard .ci/run setup/*.sh kernels/benchmarks/*.sh entrypoint/*.sh entrypoint/lib/*.sh \
+  slurm/*.slurm)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -52,7 +53,6 @@ test-gpu: $(DEV_STAMP) setup  ## on a GPU: the kernels against truth, then under
 
 .PHONY: bench
 bench: $(DEV_STAMP) setup  ## on a GPU: each operation, then whole steps beside the peers
-	@$(VENV)/bin/pip install --quiet --no-deps --require-hashes -r requirements-bench.lock
 	@$(VENV)/bin/python kernels/benchmarks/benchmark_operations.py
 	@$(VENV)/bin/python kernels/benchmarks/benchmark_training_step.py
 
