@@ -91,7 +91,12 @@ def timed(steps: int, step: Callable[[], float]) -> Result:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    kernels = sum(event.self_device_time_total for event in profile.key_averages())
+    # copies to and from host memory run beside the kernels
+    kernels = sum(
+        event.self_device_time_total
+        for event in profile.key_averages()
+        if not event.key.startswith(("Memcpy HtoD", "Memcpy DtoH"))
+    )
     return {
         "step_seconds_median": median(seconds[WARMUP:]),
         "step_seconds_min": min(seconds[WARMUP:]),
@@ -339,6 +344,7 @@ def main() -> None:
         "commit": commit or None,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "triton", "transformers", "peft")},
+        "liger_kernel": metadata.version("liger_kernel"),
     }
     print(f"{common['gpu']}: {common['model']}")
     for name, measure in chosen.items():

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from truth import assert_close_to_truth
+from truth import assert_norm_close_to_truth
 
 from lora_kernels import cross_entropy
 from lora_kernels.cross_entropy import linear_cross_entropy
@@ -63,8 +63,16 @@ def _check(
         return _loss_and_gradient(reference_linear_cross_entropy, leaf, *head)
 
     same_dtype, truth = reference(hidden.dtype), reference(torch.float64)
-    assert_close_to_truth(loss, same_dtype[0], truth[0], "loss")
-    assert_close_to_truth(gradient, same_dtype[1], truth[1], "gradient")
+    rounded_logits = 0.0
+    if hidden.element_size() == 2 and len(hidden) > 0:
+        # what one rounding of every logit may do to the sum: with a few rows, torch's own error is
+        # at times none
+        logits = hidden.detach().double() @ weight.double().T
+        rounded_logits = len(hidden) * torch.finfo(hidden.dtype).eps * logits.abs().max().item()
+    error, torchs = ((each - truth[0]).abs().item() for each in (loss, same_dtype[0]))
+    slack = 16 * torch.finfo(loss.dtype).eps * (truth[0].abs().item() + 1)
+    assert error <= 2 * torchs + rounded_logits + slack
+    assert_norm_close_to_truth(gradient, same_dtype[1], truth[1], "gradient")
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, weight, targets, bias), loss)
 

@@ -14,7 +14,7 @@ from lora_kernels.decoder_layer import Sequences
 from lora_kernels.peft_decoder import FusedDecoder
 from lora_kernels.reference_decoder import reference_decoder
 
-LENGTHS = (9, 1, 23)
+LENGTHS = (5, 1, 11)
 
 
 def make_stack(family: str, dtype: torch.dtype, device: str, **options: Any) -> DecoderStack:
@@ -62,7 +62,7 @@ def assert_as_true_as_torch(
         assert_norm_close_to_truth(*results, f"result {number}")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("dropout_seed", [None, 77])
 def test_output_and_gradients_are_as_true_as_torchs(family, dropout_seed, dtype, device):
     stack = make_stack(family, dtype, device, lora_dropout=0.2)
@@ -100,11 +100,11 @@ def test_gradcheck_through_the_kernels(device):
     assert torch.autograd.gradcheck(Run.apply, inputs, fast_mode=True)
 
 
-def test_memory_that_was_never_written_is_never_read(monkeypatch, dtype, device):
+def test_memory_that_was_never_written_is_never_read(monkeypatch, device):
     """Every buffer the stack asks for is full of NaN."""
-    stack = make_stack("qwen2", dtype, device, r=3, lora_dropout=0.2)
+    stack = make_stack("qwen2", torch.float32, device, r=3, lora_dropout=0.2)
     sequences = make_sequences(stack, LENGTHS, device)
-    hidden = torch.randn(sum(LENGTHS), 48, dtype=dtype, device=device)
+    hidden = torch.randn(sum(LENGTHS), 48, device=device)
 
     def results() -> list[torch.Tensor]:
         out = stack(hidden, sequences, dropout_seed=7)
@@ -130,8 +130,8 @@ def test_packed_equals_alone(dtype, device):
     stack = make_stack("mistral", dtype, device)
     hidden = torch.randn(sum(LENGTHS), 48, dtype=dtype, device=device)
     packed = stack(hidden, make_sequences(stack, LENGTHS, device))
-    alone = stack(hidden[10:], make_sequences(stack, LENGTHS[2:], device))
-    assert_close_to_truth(packed[10:], alone, alone.double())
+    alone = stack(hidden[6:], make_sequences(stack, LENGTHS[2:], device))
+    assert_close_to_truth(packed[6:], alone, alone.double())
 
 
 @pytest.mark.gpu
