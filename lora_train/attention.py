@@ -314,7 +314,9 @@ def generation_attention(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_isolation(model: torch.nn.Module, vocab_size: int, device: torch.device) -> None:
+def check_isolation(
+    model: torch.nn.Module, vocab_size: int, device: torch.device, *, is_fused: bool = False
+) -> None:
     """Prove with this very model that a packed example does not see the one before it.
 
     Two sequences are packed twice with different tokens in the first; the logits of the second must
@@ -324,6 +326,7 @@ def check_isolation(model: torch.nn.Module, vocab_size: int, device: torch.devic
         model: a transformers model or a PeftModel around one, as it will be trained.
         vocab_size: tokens in the embedding.
         device: where the model is.
+        is_fused: the fused decoder runs, which wants the borders whatever the attention.
 
     Raises:
         RunError: they do change.
@@ -337,7 +340,8 @@ def check_isolation(model: torch.nn.Module, vocab_size: int, device: torch.devic
     borders = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
 
     base = _transformers_model(model)
-    kwargs = packing_kwargs(base.config._attn_implementation, borders, max(lengths))
+    attention = VARLEN if is_fused else base.config._attn_implementation
+    kwargs = packing_kwargs(attention, borders, max(lengths))
     was_training = model.training
     # without dropout, or the two would differ by chance
     model.eval()

@@ -152,7 +152,10 @@ def _run(
     log.info("adapter: %s", trainable_summary(model))
     fusion = fuse_model(model, config, accelerator.device)
     with accelerator.autocast():
-        check_isolation(model, model.get_input_embeddings().num_embeddings, accelerator.device)
+        check_isolation(
+            model, model.get_input_embeddings().num_embeddings, accelerator.device,
+            is_fused=fusion is not None and fusion.decoder is not None,
+        )  # fmt: skip
 
     trainer = make_trainer(config, model, data, accelerator, fusion)
     log.info("run: %s", _describe_run(config, trainer))

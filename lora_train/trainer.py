@@ -56,7 +56,7 @@ def loss_sum(model: nn.Module, batch: Batch, fusion: Fusion | None = None) -> Te
     """
     targets = batch.labels[0, batch.predicting + 1]
     decoder = None if fusion is None else fusion.decoder
-    if decoder is not None and decoder.obstacle_now() is None:
+    if decoder is not None and decoder.loss_obstacle_now() is None:
         return decoder.loss_sum(
             batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen,
             batch.predicting, targets,
@@ -121,6 +121,7 @@ class Trainer:
         self.max_steps = max_steps
         self.fusion = fusion
         self.step = 0
+        self._next_batches: tuple[int, list[Batch]] | None = None
         self.train_seconds = 0.0
         self.schedule = schedule
         self.trainable = {
@@ -142,7 +143,7 @@ class Trainer:
             Loss, gradient norm before clipping, and token counts, over all processes.
         """
         parameters = list(self.trainable.values())
-        batches = self._global_batch()
+        batches = self._global_batch(self.step)
         supervised = sum(batch.num_supervised for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.accelerator.device)
@@ -167,6 +168,7 @@ class Trainer:
             is_finite = torch.isfinite(total) & torch.isfinite(norm)
             self.optimizer.found_inf = 1 - is_finite.float()  # type: ignore[attr-defined]
             self.optimizer.step()
+        self._next_batches = (self.step + 1, self._global_batch(self.step + 1))
         loss_value, norm_value = torch.stack([total, norm]).tolist()
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
             raise RunError(
@@ -183,9 +185,12 @@ class Trainer:
         tokens = sum(batch.input_ids.numel() for batch in batches)
         return StepResult(loss_value, norm_value, learning_rate, tokens, supervised)
 
-    def _global_batch(self) -> list[Batch]:
+    def _global_batch(self, step: int) -> list[Batch]:
         """The micro-batches of all processes, on the CPU: each process counts all the tokens."""
-        pack_ids = self.schedule.pack_ids(self.step)
+        # laid out while the GPU was still at the step before
+        if self._next_batches is not None and self._next_batches[0] == step:
+            return self._next_batches[1]
+        pack_ids = self.schedule.pack_ids(step)
         size = self.config.data.micro_batch_size
         return [
             collate(self.data.train, self.data.train_packs, pack_ids[start : start + size])

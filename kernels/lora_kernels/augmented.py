@@ -50,7 +50,7 @@ class AdaptedLinear:
     lora_b: torch.Tensor | None = None
     """Trained, (N, R)."""
     scaling: float = 1.0
-    """s, such as alpha / rank."""
+    """s at first, such as alpha / rank; `AugmentedGroup.scalings` is what counts."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ class AugmentedGroup:
         scratch: dict[tuple[int, int, int], torch.Tensor] | None = None,
     ) -> None:
         self.linears = list(linears)
+        # of the adapted linears; they may be changed between passes, like dropout_p
+        self.scalings = [linear.scaling for linear in linears if linear.lora_a is not None]
         self.dropout_p = dropout_p
         self.num_in = linears[0].weight.shape[1]
         self.slots: list[Slot] = []
@@ -131,8 +133,6 @@ class AugmentedGroup:
                 view.copy_(linear.weight)
                 # or the original would live on
                 self.linears[index] = replace(linear, weight=view)
-            if linear.bias is not None:
-                self.sb[slot.rows, self.ones_column].copy_(linear.bias)
 
     def weight_view(self, slot: Slot) -> torch.Tensor:
         """Return the place of a linear's frozen weight in the buffer, (N_j, K)."""
@@ -173,14 +173,19 @@ class AugmentedGroup:
         return found
 
     def copies(self) -> list[Copy]:
-        """Return what keeps the working copies equal to the rounded parameters."""
+        """Return what keeps the working copies equal to the rounded parameters and biases."""
         found = []
+        scalings = iter(self.scalings)
         for linear, slot in zip(self.linears, self.slots, strict=True):
+            if linear.bias is not None:
+                assert self.ones_column is not None
+                column = slice(self.ones_column, self.ones_column + 1)
+                found.append(Copy(linear.bias[:, None], self.sb[slot.rows, column]))
             if linear.lora_a is None or linear.lora_b is None:
                 continue
             columns = slice(slot.first, slot.first + slot.rank)
-            found.append(Copy(linear.lora_a, self.a[columns], 1.0))
-            found.append(Copy(linear.lora_b, self.sb[slot.rows, columns], linear.scaling))
+            found.append(Copy(linear.lora_a, self.a[columns]))
+            found.append(Copy(linear.lora_b, self.sb[slot.rows, columns], next(scalings)))
         return found
 
     def forward(self, x_aug: torch.Tensor) -> torch.Tensor:
@@ -209,12 +214,13 @@ class AugmentedGroup:
             return []
         db_NP = thin_product(dy_MN, h_MP[:, : self.rank_used])
         found = []
+        scalings = iter(self.scalings)
         for linear, slot in zip(self.linears, self.slots, strict=True):
             if linear.lora_a is None or linear.lora_b is None:
                 continue
             columns = slice(slot.first, slot.first + slot.rank)
             found.append(da_PK[columns].to(linear.lora_a.dtype))
-            found.append((db_NP[slot.rows, columns] * linear.scaling).to(linear.lora_b.dtype))
+            found.append((db_NP[slot.rows, columns] * next(scalings)).to(linear.lora_b.dtype))
         return found
 
 

@@ -23,7 +23,7 @@ from lora_kernels.decoder_layer import (
     layer_forward,
 )
 from lora_kernels.offload import HostStack
-from lora_kernels.refresh import WorkingCopies
+from lora_kernels.refresh import Copy, WorkingCopies
 from lora_kernels.rms_norm import add_rms_norm_forward, rms_norm_backward
 
 Keeping = Literal["everything", "inputs", "nothing"]
@@ -45,9 +45,30 @@ class DecoderStack:
         self.layers = layers
         self.final_norm = final_norm
         self.final_norm_eps = final_norm_eps
-        groups = [group for layer in layers for group in layer.groups]
-        self.parameters = [parameter for group in groups for parameter in group.parameters()]
-        self.working_copies = WorkingCopies([copy for group in groups for copy in group.copies()])
+        self.groups = [group for layer in layers for group in layer.groups]
+        self.parameters = [parameter for group in self.groups for parameter in group.parameters()]
+        self.working_copies = WorkingCopies(self._copies())
+
+    def _copies(self) -> list[Copy]:
+        return [copy for group in self.groups for copy in group.copies()]
+
+    @property
+    def scalings(self) -> list[float]:
+        """Of all adapted linears, in the order of `parameters`."""
+        return [scaling for group in self.groups for scaling in group.scalings]
+
+    def set_scalings(self, scalings: list[float]) -> None:
+        """Set them, for the passes from now on.
+
+        Args:
+            scalings: one for each adapted linear.
+        """
+        if scalings == self.scalings:
+            return
+        remaining = iter(scalings)
+        for group in self.groups:
+            group.scalings = [next(remaining) for _ in group.scalings]
+        self.working_copies.set_scales([copy.scale for copy in self._copies()])
 
     def __call__(
         self,
@@ -120,7 +141,10 @@ class _DecoderFunction(torch.autograd.Function):
             residual, delta, stack.final_norm, stack.final_norm_eps, out, None, delta, rstd
         )
         if keeping != "nothing":
-            ctx.state = (stack, sequences, rows, dropout_seed, kept, inputs, delta, rstd)
+            ctx.state = (sequences, rows, dropout_seed, kept, inputs, delta, rstd)
+            ctx.stack, ctx.scalings = stack, stack.scalings
+            ctx.dropout_ps = [group.dropout_p for group in stack.groups]
+            ctx.versions = [parameter._version for parameter in parameters]
         return out
 
     @staticmethod
@@ -130,7 +154,18 @@ class _DecoderFunction(torch.autograd.Function):
             raise RuntimeError(
                 "backward through the decoder a second time: what it kept is freed as it goes"
             )
-        stack, sequences, rows, dropout_seed, kept, inputs, residual, rstd = ctx.state
+        stack: DecoderStack = ctx.stack
+        if ctx.versions != [parameter._version for parameter in stack.parameters]:
+            raise RuntimeError(
+                "adapter weights have been modified by an inplace operation between the forward "
+                "and the backward pass"
+            )
+        if ctx.scalings != stack.scalings:
+            stack.set_scalings(ctx.scalings)
+            stack.working_copies.refresh()
+        for group, p in zip(stack.groups, ctx.dropout_ps, strict=True):
+            group.dropout_p = p
+        sequences, rows, dropout_seed, kept, inputs, residual, rstd = ctx.state
         ctx.state = None
         needs_hidden = ctx.needs_input_grad[0]
         below = stack.layers[-1].down

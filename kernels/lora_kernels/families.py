@@ -1,4 +1,4 @@
-"""How the decoders of transformers' Llama family differ, as data."""
+"""Decoders of transformers' Llama family: which these are, and how they differ, as data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,22 @@ def _no_window(attention: Any) -> int | None:
 class Family:
     """What a decoder has beyond Llama's: names of modules are the same in all."""
 
+    prefix: str
+    """Of the names of its classes."""
     has_head_norms: bool = False
     """RMSNorm of each query and key head, `q_norm` and `k_norm`."""
     window: Callable[[Any], int | None] = _no_window
     """Sliding window of an attention layer, in tokens; None: it sees all earlier ones."""
+
+    @property
+    def module(self) -> str:
+        """Name of the module in transformers that its classes come from."""
+        name = self.prefix.lower()
+        return f"transformers.models.{name}.modeling_{name}"
+
+    def is_own(self, part: Any, name: str) -> bool:
+        """Whether a part of a model is of the family's class of that name, and of no other."""
+        return (type(part).__module__, type(part).__name__) == (self.module, self.prefix + name)
 
     def head_norms(self, attention: Any) -> HeadNorms | None:
         """Return the head norms of an attention layer."""
@@ -30,10 +42,21 @@ class Family:
         return HeadNorms(q_norm.weight.data, k_norm.weight.data, q_norm.variance_epsilon)
 
 
-FAMILIES = {
-    "LlamaModel": Family(),
-    "MistralModel": Family(window=lambda attention: attention.config.sliding_window),
-    "Qwen2Model": Family(window=lambda attention: attention.sliding_window),
-    "Qwen3Model": Family(has_head_norms=True, window=lambda attention: attention.sliding_window),
+FAMILIES = (
+    Family("Llama"),
+    Family("Mistral", window=lambda attention: attention.config.sliding_window),
+    Family("Qwen2", window=lambda attention: attention.sliding_window),
+    Family("Qwen3", has_head_norms=True, window=lambda attention: attention.sliding_window),
+)
+GROUPS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
 }
-"""Families by the class that holds embedding, layers and final norm."""
+"""The linear layers of a decoder layer that share an input, by the name of their group."""
+
+
+def family_of(decoder: Any) -> Family | None:
+    """Return the family of what holds embedding, layers and final norm; None of another."""
+    return next((family for family in FAMILIES if family.is_own(decoder, "Model")), None)

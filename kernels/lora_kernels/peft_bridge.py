@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from lora_kernels.peft_decoder import FusedDecoder, decoder_obstacle
+from lora_kernels.peft_decoder import FusedDecoder
 from lora_kernels.peft_linear import fuse_linears, unfuse_linears
+from lora_kernels.peft_obstacles import decoder_obstacle
 from lora_kernels.self_check import CheckResult, check_decoder
 
 
@@ -33,7 +34,9 @@ class Fusion:
 
     def self_check(self) -> CheckResult | None:
         """Compare the decoder with torch on this GPU; None where each layer runs by itself."""
-        return None if self.decoder is None else check_decoder(self.decoder.stack)
+        if self.decoder is None or self.decoder.stack is None:
+            return None
+        return check_decoder(self.decoder.stack)
 
     def undo(self) -> None:
         """Give the model PEFT's and transformers' own forward everywhere."""

@@ -79,7 +79,7 @@ def _project(
     dtype = x_MK.dtype
     buffer = group.buffer()
     seen_MK = apply_dropout_reference(x_MK, dropout)
-    remaining = list(parameters)
+    remaining, scalings = list(parameters), iter(group.scalings)
     outputs = []
     for linear, slot in zip(group.linears, group.slots, strict=True):
         y_MN = x_MK @ buffer[slot.rows, : group.num_in].to(dtype).T
@@ -87,7 +87,7 @@ def _project(
             y_MN = y_MN + linear.bias.to(dtype)
         if linear.lora_a is not None:
             a, b = remaining.pop(0).to(dtype), remaining.pop(0).to(dtype)
-            y_MN = y_MN + ((seen_MK @ a.T) @ b.T) * linear.scaling
+            y_MN = y_MN + ((seen_MK @ a.T) @ b.T) * next(scalings)
         outputs.append(y_MN)
     return torch.cat(outputs, 1)
 

@@ -1,18 +1,21 @@
-"""Prove on this GPU, with the first layer, that the fused decoder computes what torch does."""
+"""Prove on this GPU, with this model, that the fused decoder computes what torch does."""
 
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
 from lora_kernels.decoder import DecoderStack
-from lora_kernels.decoder_layer import Sequences
+from lora_kernels.decoder_layer import DecoderLayer, Sequences
 from lora_kernels.reference_decoder import reference_decoder
 
 # two sequences, one of them no multiple of any block
 _LENGTHS = (93, 163)
+# in place of longer ones, so that it hides something
+_LONGEST_WINDOW = 50
 
 
 class CheckResult(NamedTuple):
@@ -25,7 +28,7 @@ class CheckResult(NamedTuple):
 
 
 def check_decoder(stack: DecoderStack) -> CheckResult:
-    """Compare output and every gradient of the first layer with torch's.
+    """Compare output and every gradient of a layer with torch's: of the first layer of each kind.
 
     The error against fp32 may be twice that of the same formulas computed by torch in the stack's
     dtype. Adapters are random for the check and put back after it: at the start lora_B is zero,
@@ -38,37 +41,55 @@ def check_decoder(stack: DecoderStack) -> CheckResult:
         What is outside of the bound, and the time it took.
     """
     begun = time.perf_counter()
-    first = DecoderStack(stack.layers[:1], stack.final_norm, stack.final_norm_eps)
-    kept = [parameter.detach().clone() for parameter in first.parameters]
+    kinds: dict[tuple[Any, ...], DecoderLayer] = {}
+    for layer in stack.layers:
+        ranks = [slot.rank for group in layer.groups for slot in group.slots]
+        kinds.setdefault((layer.window, layer.attention_scale, *ranks), layer)
+    failures: list[str] = []
+    for layer in kinds.values():
+        window = None if layer.window is None else min(layer.window, _LONGEST_WINDOW)
+        alone = DecoderStack(
+            [replace(layer, window=window)], stack.final_norm, stack.final_norm_eps
+        )  # fmt: skip
+        failures += [f"in layer {layer.index}, {line}" for line in _check_layer(alone)]
+    return CheckResult(failures, time.perf_counter() - begun)
+
+
+def _check_layer(stack: DecoderStack) -> list[str]:
+    kept = [parameter.detach().clone() for parameter in stack.parameters]
     generator = torch.Generator(stack.final_norm.device).manual_seed(0)
     try:
         with torch.no_grad():
-            for parameter in first.parameters:
+            for parameter in stack.parameters:
                 deviation = parameter.shape[1] ** -0.5
                 parameter.normal_(0, deviation, generator=generator)
-        failures = _compare(first, generator)
+        return _compare(stack, generator)
     finally:
         with torch.no_grad():
-            for parameter, values in zip(first.parameters, kept, strict=True):
+            for parameter, values in zip(stack.parameters, kept, strict=True):
                 parameter.copy_(values)
-    return CheckResult(failures, time.perf_counter() - begun)
 
 
 def _compare(stack: DecoderStack, generator: torch.Generator) -> list[str]:
     device, dtype = stack.final_norm.device, stack.final_norm.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = torch.float32 if dtype.itemsize == 2 else torch.float64
     num_tokens, hidden_size = sum(_LENGTHS), len(stack.final_norm)
     positions = torch.cat([torch.arange(length, device=device) for length in _LENGTHS])
     half = stack.layers[0].head_dim // 2
     angles = positions[:, None] * 1e4 ** (-torch.arange(half, device=device, dtype=wide) / half)
     borders = torch.tensor([0, _LENGTHS[0], num_tokens], dtype=torch.int32, device=device)
-    sequences = Sequences(angles.cos(), angles.sin(), borders, max(_LENGTHS))
+    rotations = torch.float64 if dtype == torch.float64 else torch.float32
+    sequences = Sequences(
+        angles.cos().to(rotations), angles.sin().to(rotations), borders, max(_LENGTHS)
+    )
     hidden, d_out = torch.randn(
         2, num_tokens, hidden_size, dtype=wide, device=device, generator=generator
     ).to(dtype)
 
+    trained = [parameter for parameter in stack.parameters if parameter.requires_grad]
+
     def results(out: torch.Tensor, inputs: torch.Tensor) -> list[torch.Tensor]:
-        found = torch.autograd.grad(out, [inputs, *stack.parameters], d_out.to(out.dtype))
+        found = torch.autograd.grad(out, [inputs, *trained], d_out.to(out.dtype))
         return [out.detach(), *found]
 
     def reference(at: torch.dtype) -> list[torch.Tensor]:
@@ -80,7 +101,7 @@ def _compare(stack: DecoderStack, generator: torch.Generator) -> list[str]:
         actual = results(stack(inputs, sequences), inputs)
         same_dtype, truth = reference(dtype), reference(wide)
     names = ["the output", "the gradient of the input"]
-    names += [f"the gradient of adapter matrix {number}" for number in range(len(stack.parameters))]
+    names += [f"the gradient of adapter matrix {number}" for number in range(len(trained))]
     failures = []
     for name, ours, torchs, true in zip(names, actual, same_dtype, truth, strict=True):
         # of the norm, as the largest error of so many operations depends on chance

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from decoder_models import make_model, make_row
-from truth import assert_close_to_truth, assert_norm_close_to_truth
+from truth import assert_norm_close_to_truth
 
 from lora_kernels.decoder import DecoderStack
 from lora_kernels.decoder_layer import Sequences
@@ -131,7 +131,9 @@ def test_packed_equals_alone(dtype, device):
     hidden = torch.randn(sum(LENGTHS), 48, dtype=dtype, device=device)
     packed = stack(hidden, make_sequences(stack, LENGTHS, device))
     alone = stack(hidden[6:], make_sequences(stack, LENGTHS[2:], device))
-    assert_close_to_truth(packed[6:], alone, alone.double())
+    # products of other sizes add up in another order
+    rounding = 16 * torch.finfo(dtype).eps * alone.abs().max().item()
+    torch.testing.assert_close(packed[6:], alone, rtol=0, atol=rounding)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 from typing import Any
@@ -13,8 +14,11 @@ from decoder_models import ALL_LINEARS, FAMILIES, adapter_gradients, make_model,
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from lora_kernels.attention import attention_forward
 from lora_kernels.dropout import Dropout, apply_dropout_reference
-from lora_kernels.peft_decoder import FusedDecoder, decoder_obstacle
+from lora_kernels.peft_decoder import FusedDecoder
+from lora_kernels.peft_obstacles import decoder_obstacle
+from lora_kernels.self_check import check_decoder
 
 
 def loss_of(model: PeftModel, row: dict[str, Any]) -> torch.Tensor:
@@ -183,7 +187,152 @@ def test_new_weights_count_at_the_next_pass(device):
         for module in each.modules():
             if hasattr(module, "lora_A"):
                 module.scaling["default"] = 3.0
-    torch.testing.assert_close(loss_of(model, row), loss_of(stock, row), rtol=1e-5, atol=1e-5)
+    losses = [loss_of(each, row) for each in (model, stock)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    for loss in losses:
+        loss.backward()
+    assert_same_gradients(model, stock)
+
+
+def set_scaling(model: PeftModel, scaling: float) -> None:
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] = scaling
+
+
+def test_backward_takes_the_scaling_of_its_forward(device):
+    row = make_row(device=device)
+    stock = make_model(device=device)
+    model = copy.deepcopy(stock)
+    FusedDecoder(model)
+    for each in (stock, model):
+        loss = loss_of(each, row)
+        set_scaling(each, 0.0)
+        loss_of(each, row)
+        loss.backward()
+    assert_same_gradients(model, stock)
+
+
+def test_weights_changed_between_forward_and_backward_are_refused(device):
+    model = make_model(device=device)
+    FusedDecoder(model)
+    loss = loss_of(model, make_row(device=device))
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.up_proj.lora_B["default"].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def _steer(model: PeftModel) -> None:
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def _steer_norm(model: PeftModel) -> None:
+    norm = model.get_base_model().model.norm
+    norm.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def _replace_forward(model: PeftModel) -> None:
+    mlp = model.get_base_model().model.layers[1].mlp
+    mlp.forward = lambda x: torch.zeros_like(x)
+
+
+def _unload(model: PeftModel) -> None:
+    model.unload()
+
+
+def _load_in_place(model: PeftModel) -> None:
+    state = {name: value * 0.5 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def _replace_adapter(model: PeftModel) -> None:
+    torch.manual_seed(9)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+
+
+def _drop_layers(model: PeftModel) -> None:
+    model.get_base_model().config.num_hidden_layers = 1
+
+
+def _change_norm(model: PeftModel) -> None:
+    model.get_base_model().model.layers[0].input_layernorm.weight.data.mul_(1.5)
+
+
+def _change_bias(model: PeftModel) -> None:
+    model.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().bias.data.add_(1)
+
+
+def _no_causality(model: PeftModel) -> None:
+    model.get_base_model().config.is_causal = False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _steer, _steer_norm, _replace_forward, _unload, _load_in_place, _replace_adapter,
+        _drop_layers, _change_norm, _change_bias, _no_causality,
+    ],
+)  # fmt: skip
+def test_what_is_done_to_the_model_later_counts(change, device):
+    row = make_row(device=device)
+    stock = make_model("qwen2", device=device)
+    model = copy.deepcopy(stock)
+    fused = FusedDecoder(model)
+    before = loss_of(stock, row)
+    for each in (stock, model):
+        change(each)
+    expected = loss_of(stock, row)
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(loss_of(model, row), expected, rtol=1e-5, atol=1e-5)
+    fused.undo()
+    torch.testing.assert_close(loss_of(model, row), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_around_the_decoder_are_called_for_the_loss_too(device):
+    model = make_model(device=device)
+    fused = FusedDecoder(model)
+    assert fused.loss_obstacle_now() is None
+    handle = model.get_base_model().lm_head.register_forward_hook(lambda *_: None)
+    assert fused.loss_obstacle_now() == "Linear has hooks or another forward"
+    handle.remove()
+    fused.undo()
+    assert fused.loss_obstacle_now() == "it was undone"
+
+
+def test_a_cache_that_is_asked_for_is_given(device):
+    model = make_model(device=device).eval()
+    FusedDecoder(model)
+    out = model(input_ids=make_row(device=device)["input_ids"], use_cache=True)
+    assert out.past_key_values is not None
+
+
+def test_a_layer_of_each_kind_is_checked(device):
+    fused = FusedDecoder(make_model("qwen2", device=device))
+    stack = fused.stack
+    before = [parameter.clone() for parameter in stack.parameters]
+    assert check_decoder(stack).failures == []
+    for parameter, kept in zip(stack.parameters, before, strict=True):
+        assert torch.equal(parameter, kept)
+    # the second layer alone has a window
+    stack.layers[1] = dataclasses.replace(stack.layers[1], attention_scale=0.3)
+    reference_scale = {1: 0.25}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "lora_kernels.decoder_layer.attention_forward",
+            lambda *args, scale, **kwargs: attention_forward(
+                *args, scale=reference_scale.get(1, scale), **kwargs
+            ),
+        )
+        failures = check_decoder(stack).failures
+    assert failures
+    assert all(line.startswith("in layer 1,") for line in failures)
 
 
 def test_zero_b_is_the_base_model_to_the_bit(device):
