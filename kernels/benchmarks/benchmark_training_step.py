@@ -4,8 +4,8 @@
 
 Random weights and tokens (speed and memory do not depend on their values); every step is forward,
 loss on all tokens, backward, gradient clipping and AdamW. Prints a table and appends one JSON row
-per variant to results/training_step.jsonl. All variants run in this one process, the peers on the
-same base weights. Nothing is measured if the kernels' own check against torch fails.
+per variant to results/training_step.jsonl. All variants run in this one process, on the same base
+weights. Nothing is measured if the kernels' own check against torch fails.
 """
 
 from __future__ import annotations
@@ -73,6 +73,16 @@ def llama31_8b() -> LlamaConfig:
         tie_word_embeddings=False,
         use_cache=False,
     )  # fmt: skip
+
+
+def random_model(num_layers: int) -> LlamaForCausalLM:
+    """A model of that shape on the GPU, always the same, frozen."""
+    shape = llama31_8b()
+    shape.num_hidden_layers = num_layers
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16)
+    return model.requires_grad_(False)
 
 
 def timed(steps: int, step: Callable[[], float]) -> Result:
@@ -250,12 +260,23 @@ def stock(
     return result
 
 
-def with_liger(base: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Let Liger's kernels into the model; for good, so this comes last."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
+class Base:
+    """The frozen model that the variants share."""
 
-    apply_liger_kernel_to_llama(model=base)
-    return base
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self.model = random_model(num_layers)
+
+    def with_liger(self) -> LlamaForCausalLM:
+        """Begin anew with Liger's kernels in the model; what they change in it stays changed."""
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        del self.model
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.model = random_model(self._num_layers)
+        apply_liger_kernel_to_llama(model=self.model)
+        return self.model
 
 
 def in_nf4(base: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -279,31 +300,32 @@ def in_nf4(base: LlamaForCausalLM) -> LlamaForCausalLM:
     return base
 
 
-def variants(base: LlamaForCausalLM, steps: int) -> dict[str, Callable[[], Result]]:
+def variants(base: Base, steps: int) -> dict[str, Callable[[], Result]]:
     """What is measured, in order: what changes the base model for good comes last."""
     few = max(WARMUP + 3, steps // 2)
+
     return {
-        "fused": lambda: ours(base, steps),
-        "fused, dropout 0.1": lambda: ours(base, steps, dropout=0.1),
-        "fused, rank 64": lambda: ours(base, few, rank=64),
-        "fused, 16 mixed sequences": lambda: ours(base, few, lengths=MIXED),
-        "fused, checkpointing": lambda: ours(base, few, checkpointing=True),
+        "fused": lambda: ours(base.model, steps),
+        "fused, dropout 0.1": lambda: ours(base.model, steps, dropout=0.1),
+        "fused, rank 64": lambda: ours(base.model, few, rank=64),
+        "fused, 16 mixed sequences": lambda: ours(base.model, few, lengths=MIXED),
+        "fused, checkpointing": lambda: ours(base.model, few, checkpointing=True),
         "fused, checkpointing, 8 x 2048": lambda: ours(
-            base, few, checkpointing=True, lengths=UNIFORM * 2
+            base.model, few, checkpointing=True, lengths=UNIFORM * 2
         ),
-        "frozen, our kernels": lambda: our_frozen(base, steps),
-        "kernels.fused=off": lambda: ours(base, few, fused=False),
-        "stock PEFT": lambda: stock(base, few),
-        "stock PEFT, bf16 autocast": lambda: stock(base, few, autocast=True),
-        "stock PEFT, bf16 adapters": lambda: stock(base, few, bf16_adapters=True),
-        "liger + PEFT, bf16 adapters": lambda: stock(with_liger(base), steps, bf16_adapters=True),
+        "frozen, our kernels": lambda: our_frozen(base.model, steps),
+        "kernels.fused=off": lambda: ours(base.model, few, fused=False),
+        "stock PEFT": lambda: stock(base.model, few),
+        "stock PEFT, bf16 autocast": lambda: stock(base.model, few, autocast=True),
+        "stock PEFT, bf16 adapters": lambda: stock(base.model, few, bf16_adapters=True),
+        "fused, again": lambda: ours(base.model, steps),
+        "fused, nf4": lambda: ours(in_nf4(base.model), few),
+        "fused, nf4, checkpointing": lambda: ours(base.model, few, checkpointing=True),
+        "liger + PEFT, bf16 adapters": lambda: stock(base.with_liger(), steps, bf16_adapters=True),
         "liger + PEFT, bf16 adapters, checkpointing": lambda: stock(
-            base, few, bf16_adapters=True, checkpointing=True
+            base.model, few, bf16_adapters=True, checkpointing=True
         ),
-        "liger, frozen without LoRA": lambda: stock(base, steps, lora=False),
-        "fused, again": lambda: ours(base, steps),
-        "fused, nf4": lambda: ours(in_nf4(base), few),
-        "fused, nf4, checkpointing": lambda: ours(base, few, checkpointing=True),
+        "liger, frozen without LoRA": lambda: stock(base.model, steps, lora=False),
     }
 
 
@@ -314,12 +336,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts of names, between semicolons")
     parser.add_argument("--layers", type=int, default=32, help="fewer than 32 for a small GPU")
     arguments = parser.parse_args()
-    shape = llama31_8b()
-    shape.num_hidden_layers = arguments.layers
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        base = LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16)
-    base.requires_grad_(False)
+    base = Base(arguments.layers)
     wanted = [word.strip() for word in arguments.only.split(";")]
     chosen = {
         name: measure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
@@ -32,14 +33,9 @@ def decoder_obstacle(model: PeftModel) -> str | None:
     family = family_of(decoder)
     if family is None:
         return f"{type(decoder).__name__} is not of the Llama family"
-    weight = decoder.norm.weight
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if weight.device.type != "cuda" and not is_interpreted:
-        return f"the model is on {weight.device}, and the kernels need a GPU"
-    if weight.element_size() != 2 and not is_interpreted:
-        return f"its weights are {weight.dtype}, and the kernels are made for bf16 and fp16"
     return (
-        _adapter_obstacle(model, decoder)
+        _device_obstacle(decoder.norm.weight)
+        or _adapter_obstacle(model, decoder)
         or _architecture_obstacle(decoder, family)
         or _weights_obstacle(decoder)
     )
@@ -81,6 +77,17 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def _device_obstacle(weight: torch.Tensor) -> str | None:
+    # in Triton's interpreter the kernels run on a CPU, and in any dtype
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if weight.device.type != "cuda":
+        return f"the model is on {weight.device}, and the kernels need a GPU"
+    if weight.element_size() != 2:
+        return f"its weights are {weight.dtype}, and the kernels are made for bf16 and fp16"
+    return None
 
 
 def _architecture_obstacle(decoder: Any, family: Family) -> str | None:

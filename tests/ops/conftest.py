@@ -1,14 +1,7 @@
-"""On a machine without a GPU the kernels run in Triton's interpreter, on CPU tensors."""
-
-import os
-
-import torch
-
-# read when @triton.jit decorates a kernel: before anything of lora_kernels is imported
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+"""Devices and dtypes that the kernels are tested on."""
 
 import pytest
+import torch
 from truth import DTYPES
 
 

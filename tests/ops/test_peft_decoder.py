@@ -17,8 +17,14 @@ from torch import nn
 from lora_kernels.attention import attention_forward
 from lora_kernels.dropout import Dropout, apply_dropout_reference
 from lora_kernels.peft_decoder import FusedDecoder
-from lora_kernels.peft_obstacles import decoder_obstacle
+from lora_kernels.peft_obstacles import _device_obstacle, decoder_obstacle
 from lora_kernels.self_check import check_decoder
+
+
+@pytest.fixture(autouse=True)
+def _any_dtype(monkeypatch):
+    # a GPU is refused fp32, in which the two can be compared
+    monkeypatch.setattr("lora_kernels.peft_obstacles._device_obstacle", lambda weight: None)
 
 
 def loss_of(model: PeftModel, row: dict[str, Any]) -> torch.Tensor:
@@ -451,3 +457,9 @@ def test_the_lm_head_may_be_trained(device):
     fused = assert_fused_equals_stock(stock, row)
     head = fused.model.get_base_model().lm_head.modules_to_save["default"].weight
     assert head.grad is not None
+
+
+def test_devices_and_dtypes_that_do_not_fit(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    on_cpu = _device_obstacle(torch.zeros(1, dtype=torch.bfloat16))
+    assert on_cpu == "the model is on cpu, and the kernels need a GPU"

@@ -18,7 +18,7 @@ def poisoned(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 def assert_close_to_truth(
     actual: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, name: str = "result"
 ) -> None:
-    """max|actual - truth| <= 2 max|same_dtype - truth|, plus what one rounding of fp32 leaves.
+    """max|actual - truth| <= 2 max|same_dtype - truth|, plus what a few roundings of fp32 leave.
 
     Args:
         actual: what the kernel computed.
@@ -34,7 +34,7 @@ def assert_close_to_truth(
     allowed = 2 * (same_dtype.double() - truth).abs().max().item()
     # where torch happens to be exact: in fp64 the truth itself is rounded, sum by sum
     epsilon = torch.finfo(actual.dtype).eps
-    slack = 16 * epsilon if actual.dtype == torch.float64 else min(epsilon, 2.0**-20)
+    slack = 16 * epsilon if actual.dtype == torch.float64 else min(4 * epsilon, 2.0**-20)
     allowed += slack * (truth.abs().max().item() + 1)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 

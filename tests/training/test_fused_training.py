@@ -19,8 +19,9 @@ from lora_train.fusion import fuse_model
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
-# as if there were a GPU; the interpreter's thread count and imports come before Triton's
+# as if there were a GPU
 INTERPRETED = """
+import os
 os.environ["TRITON_INTERPRET"] = "1"
 from lora_train import fusion
 fusion._is_capable = lambda device: True
