@@ -20,6 +20,20 @@ logger = logging.getLogger(__name__)
 _SHOWN = 3
 
 
+def check_device(config: Config, device: torch.device) -> None:
+    """Refuse early what `fuse_model` would refuse once data and model are loaded.
+
+    Args:
+        config: the run; `kernels.fused` is read.
+        device: where the model will be.
+
+    Raises:
+        UserError: kernels.fused=required, and there is no GPU.
+    """
+    if config.kernels.fused == "required" and not _is_capable(device):
+        _fall_back(config, _no_gpu(device))
+
+
 def fuse_model(model: PeftModel, config: Config, device: torch.device) -> Fusion | None:
     """Let the fused kernels run what they can of a model, after they have proven themselves on it.
 
@@ -38,9 +52,8 @@ def fuse_model(model: PeftModel, config: Config, device: torch.device) -> Fusion
         logger.info("kernels: off, as asked; PEFT's own forward runs")
         return None
     if not _is_capable(device):
-        reason = f"they need an NVIDIA GPU, the model is on the {device.type.upper()}"
         # what nobody expects is no warning
-        _fall_back(config, reason, logging.INFO)
+        _fall_back(config, _no_gpu(device), logging.INFO)
         return None
     # imported here: triton takes a second, and Triton's interpreter is chosen when it is
     from lora_kernels.peft_bridge import fuse
@@ -85,6 +98,10 @@ def _checked(fusion: Fusion, config: Config) -> Fusion | None:
 
 def _is_capable(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+def _no_gpu(device: torch.device) -> str:
+    return f"they need an NVIDIA GPU, the model is on the {device.type.upper()}"
 
 
 def _fall_back(config: Config, reason: str, level: int = logging.WARNING) -> None:

@@ -39,7 +39,7 @@ from lora_train.device import (
 )
 from lora_train.distributed import gradient_accumulation_steps, world_size
 from lora_train.errors import LoraTrainError, RunError, UserError
-from lora_train.fusion import fuse_model
+from lora_train.fusion import check_device, fuse_model
 from lora_train.logs import keep_log, start_log
 from lora_train.metrics import MetricsLog, keep_trackers_offline
 from lora_train.model import describe_model, load_base_model, load_tokenizer
@@ -121,6 +121,7 @@ def _run(
 
     # data before the model: a mistake in it shows in seconds, a model may take minutes to load
     accelerator = _make_accelerator(config, directory)
+    check_device(config, accelerator.device)
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():
         data = prepare_data(config, tokenizer, max_positions=max_positions(config.model))

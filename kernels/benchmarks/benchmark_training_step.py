@@ -265,12 +265,16 @@ class Base:
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
+        self._has_liger = False
         self.model = random_model(num_layers)
 
     def with_liger(self) -> LlamaForCausalLM:
         """Begin anew with Liger's kernels in the model; what they change in it stays changed."""
+        if self._has_liger:
+            return self.model
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
+        self._has_liger = True
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
@@ -303,7 +307,6 @@ def in_nf4(base: LlamaForCausalLM) -> LlamaForCausalLM:
 def variants(base: Base, steps: int) -> dict[str, Callable[[], Result]]:
     """What is measured, in order: what changes the base model for good comes last."""
     few = max(WARMUP + 3, steps // 2)
-
     return {
         "fused": lambda: ours(base.model, steps),
         "fused, dropout 0.1": lambda: ours(base.model, steps, dropout=0.1),
@@ -323,9 +326,9 @@ def variants(base: Base, steps: int) -> dict[str, Callable[[], Result]]:
         "fused, nf4, checkpointing": lambda: ours(base.model, few, checkpointing=True),
         "liger + PEFT, bf16 adapters": lambda: stock(base.with_liger(), steps, bf16_adapters=True),
         "liger + PEFT, bf16 adapters, checkpointing": lambda: stock(
-            base.model, few, bf16_adapters=True, checkpointing=True
+            base.with_liger(), few, bf16_adapters=True, checkpointing=True
         ),
-        "liger, frozen without LoRA": lambda: stock(base.model, steps, lora=False),
+        "liger, frozen without LoRA": lambda: stock(base.with_liger(), steps, lora=False),
     }
 
 

@@ -275,15 +275,6 @@ TUNINGS: dict[str, list[Tuning]] = {
         ),
         Tuning("lora_linear_forward", "lora_linear_forward", [ADDMM, TRITON]),
         Tuning("lora_linear_backward", "lora_linear_backward", [ADDMM, TRITON]),
-        Tuning(
-            "lora_linear_drop", "lora_linear_forward_dropout",
-            _each("BLOCK_M BLOCK_K num_warps", ELEMENTWISE, num_stages=[1]),
-        ),
-        Tuning(
-            "lora_linear_add_dropped", "lora_linear_backward_dropout",
-            _each("BLOCK_M BLOCK_K num_warps", ADDED_PRODUCT, num_stages=[1]),
-            meanwhile={"lora_linear_backward": ADDMM},
-        ),
     ],
 }  # fmt: skip
 UNTUNED = {

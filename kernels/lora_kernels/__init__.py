@@ -1,5 +1,6 @@
-"""Triton kernels for LoRA layers: fused forward and backward, one operation per file.
+"""Fused LoRA for transformers: Triton kernels, one operation a file, and the bridge to PEFT.
 
-The package imports torch and triton only, never `lora_train`. The plain-torch reference of every
-kernel will stand beside it and serve the tests, the benchmarks and the CPU path alike.
+`peft_bridge.fuse(model)` is the door. Everything but the files `peft_*.py` needs torch and triton
+only, and nothing here knows `lora_train`. `reference.py` and `reference_decoder.py` are the plain
+torch truth of tests, benchmarks and the check before training.
 """

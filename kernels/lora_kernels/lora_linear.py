@@ -39,6 +39,7 @@ from lora_kernels import launch
 from lora_kernels.arguments import accumulator
 from lora_kernels.augmented import QuantizedWeight, thin_product
 from lora_kernels.dropout import Dropout, draw, drop
+from lora_kernels.project import add_masked_product, dropped
 
 MAX_RANK = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -167,67 +168,6 @@ def _lora_product(
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * C + wide_columns
     inside = (rows < num_rows)[:, None] & in_columns
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=_CHANGING)
-def _drop_matrix(
-    x_ptr,
-    out_ptr,
-    stride_x,
-    num_rows,
-    seed,
-    stream,
-    threshold,
-    K: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    num_column_blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    first_row = (tl.program_id(0) // num_column_blocks).to(tl.int64) * BLOCK_M
-    rows = first_row + tl.arange(0, BLOCK_M)
-    columns = (tl.program_id(0) % num_column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (rows < num_rows)[:, None] & (columns < K)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * stride_x + columns[None, :], inside, 0.0).to(ACC)
-    x = drop(x, seed, stream, threshold, rows, columns, ACC)
-    out_ptrs = out_ptr + rows[:, None] * K + columns[None, :]
-    tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=_CHANGING)
-def _add_dropped_product(
-    g_ptr,
-    a_ptr,
-    out_ptr,
-    num_rows,
-    seed,
-    stream,
-    threshold,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    num_column_blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    first_row = (tl.program_id(0) // num_column_blocks).to(tl.int64) * BLOCK_M
-    rows = first_row + tl.arange(0, BLOCK_M)
-    columns = (tl.program_id(0) % num_column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    in_rows, in_columns = (rows < num_rows)[:, None], (columns < K)[None, :]
-
-    product = tl.zeros([BLOCK_M, BLOCK_K], ACC)
-    for first in tl.static_range(0, RANK, RANK_BLOCK):
-        ranks = first + tl.arange(0, RANK_BLOCK)
-        g_ptrs = g_ptr + rows[:, None] * RANK + ranks[None, :]
-        g = tl.load(g_ptrs, in_rows & (ranks < RANK)[None, :], 0.0)
-        a_ptrs = a_ptr + ranks[:, None] * K + columns[None, :]
-        a = tl.load(a_ptrs, (ranks < RANK)[:, None] & in_columns, 0.0)
-        product = tl.dot(g, a, product, input_precision="ieee", out_dtype=ACC)
-    product = drop(product, seed, stream, threshold, rows, columns, ACC)
-    out_ptrs = out_ptr + rows[:, None] * K + columns[None, :]
-    total = tl.load(out_ptrs, in_rows & in_columns, 0.0).to(ACC) + product
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), in_rows & in_columns)
 
 
 def lora_linear(
@@ -395,14 +335,7 @@ def _dx(
     dx_MK = torch.mm(dy_MN, weight_NK)
     if dropout is None:
         return dx_MK.addmm_(g_MR, a_RK)
-    (num_rows, num_columns), rank = dx_MK.shape, g_MR.shape[1]
-    config = launch.launch_config("lora_linear_add_dropped", dx_MK.device, num_columns)
-    if num_rows > 0:
-        with launch.on_device(dx_MK):
-            _add_dropped_product[_grid(config, num_rows, num_columns)](
-                g_MR, a_RK.contiguous(), dx_MK, num_rows, *draw(dropout), K=num_columns, RANK=rank,
-                RANK_BLOCK=_rank_block(rank), ACC=accumulator(dx_MK.dtype), **config,
-            )  # fmt: skip
+    add_masked_product(dx_MK, g_MR, a_RK.contiguous(), dropout)
     return dx_MK
 
 
@@ -442,14 +375,8 @@ def _dropped(x_MK: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     """Return what the adapter sees of x."""
     if dropout is None or x_MK.shape[0] == 0:
         return x_MK
-    num_rows, num_columns = x_MK.shape
-    config = launch.launch_config("lora_linear_drop", x_MK.device, num_columns)
-    out_MK = x_MK.new_empty(num_rows, num_columns)
-    with launch.on_device(x_MK):
-        _drop_matrix[_grid(config, num_rows, num_columns)](
-            x_MK, out_MK, x_MK.stride(0), num_rows, *draw(dropout), K=num_columns,
-            ACC=accumulator(x_MK.dtype), **config,
-        )  # fmt: skip
+    out_MK = torch.empty_like(x_MK, memory_format=torch.contiguous_format)
+    dropped(x_MK, dropout, out_MK)
     return out_MK
 
 

@@ -39,6 +39,8 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     num_layers: int = 2,
+    hidden_size: int = 48,
+    intermediate_size: int = 80,
     **lora: Any,
 ) -> PeftModel:
     """Make a model and its adapter, always the same; every lora_B is random.
@@ -51,7 +53,7 @@ def make_model(
     else:
         config_class, options = FAMILIES[family]
         sizes = {
-            "hidden_size": 48, "intermediate_size": 80,
+            "hidden_size": hidden_size, "intermediate_size": intermediate_size,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         } | options  # fmt: skip
     model = AutoModelForCausalLM.from_config(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from decoder_models import ALL_LINEARS, FAMILIES, adapter_gradients, make_model, make_row
 from peft import LoraConfig, PeftModel
+from peft.tuners import lora
 from torch import nn
 
 from lora_kernels.attention import attention_forward
@@ -409,6 +410,42 @@ def test_a_merged_model_is_saved_while_fused(tmp_path, device):
         merged.save_pretrained(tmp_path)
         again = type(merged).from_pretrained(tmp_path, attn_implementation="sdpa").to(device)
         torch.testing.assert_close(loss_of(again, row), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_nf4_base_is_its_dequantized_self(device):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    row = make_row(device=device)
+    # blocks of 64 weights: bitsandbytes' CPU kernel wants rows of whole ones
+    stock = make_model("qwen2", device=device, hidden_size=64, intermediate_size=128)
+    model = copy.deepcopy(stock)
+    for theirs, ours in zip(stock.modules(), list(model.modules()), strict=True):
+        if not isinstance(ours, lora.Linear):
+            continue
+        dense = ours.base_layer
+        packed = bitsandbytes.nn.Linear4bit(
+            dense.in_features, dense.out_features, bias=dense.bias is not None, quant_type="nf4"
+        )
+        packed.weight = bitsandbytes.nn.Params4bit(
+            dense.weight.data.cpu(), requires_grad=False, quant_type="nf4"
+        ).to(device)
+        packed.bias = dense.bias
+        ours.base_layer = packed
+        theirs.base_layer.weight.data = bitsandbytes.functional.dequantize_4bit(
+            packed.weight.data, packed.weight.quant_state
+        )
+    assert decoder_obstacle(model) is None
+    fused = FusedDecoder(model)
+    losses = [loss_of(each, row) for each in (model, stock)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    for loss in losses:
+        loss.backward()
+    assert_same_gradients(model, stock)
+    # merging quantizes anew: another weight
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    layer.weight = bitsandbytes.nn.Params4bit(
+        torch.randn(128, 64), requires_grad=False, quant_type="nf4"
+    ).to(device)
+    assert fused.obstacle_now() == "a parameter weight was replaced after the model was fused"
 
 
 def test_a_second_adapter_takes_pefts_forward(device, caplog):

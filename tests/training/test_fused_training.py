@@ -15,7 +15,7 @@ import torch
 from lora_train import fusion
 from lora_train.config import Config
 from lora_train.errors import UserError
-from lora_train.fusion import fuse_model
+from lora_train.fusion import check_device, fuse_model
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -80,7 +80,9 @@ def test_a_fused_run_in_two_parts_ends_with_the_same_bytes(
 def test_required_without_a_gpu_is_refused(config_of: Callable[..., Config]) -> None:
     config = config_of("kernels.fused=required", "trainer.precision=auto")
     with pytest.raises(UserError, match="they need an NVIDIA GPU, the model is on the CPU"):
-        fuse_model(SimpleNamespace(), config, torch.device("cpu"))  # type: ignore[arg-type]
+        check_device(config, torch.device("cpu"))
+    check_device(config, torch.device("cuda"))
+    check_device(config_of(), torch.device("cpu"))
 
 
 def test_a_failed_check_falls_back_and_says_why(
