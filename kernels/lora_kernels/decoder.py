@@ -150,50 +150,56 @@ class _DecoderFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.state is None:
-            raise RuntimeError(
-                "backward through the decoder a second time: what it kept is freed as it goes"
-            )
-        stack: DecoderStack = ctx.stack
-        if ctx.versions != [parameter._version for parameter in stack.parameters]:
-            raise RuntimeError(
-                "adapter weights have been modified by an inplace operation between the forward "
-                "and the backward pass"
-            )
-        if ctx.scalings != stack.scalings:
-            stack.set_scalings(ctx.scalings)
-            stack.working_copies.refresh()
-        for group, p in zip(stack.groups, ctx.dropout_ps, strict=True):
-            group.dropout_p = p
-        sequences, rows, dropout_seed, kept, inputs, residual, rstd = ctx.state
-        ctx.state = None
-        needs_hidden = ctx.needs_input_grad[0]
-        below = stack.layers[-1].down
-        width = residual.shape[1] + below.rank_columns
-        dr_aug: torch.Tensor | None = d_out.new_empty(len(residual), width)
-        assert dr_aug is not None
-        rms_norm_backward(
-            d_out.contiguous(), residual, rstd, stack.final_norm, None, dr_aug, below.sb_or_none
+        # called inside of an autocast block, it would cast the products
+        with torch.autocast(d_out.device.type, enabled=False):
+            return _backward(ctx, d_out)
+
+
+def _backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if ctx.state is None:
+        raise RuntimeError(
+            "backward through the decoder a second time: what it kept is freed as it goes"
         )
-        del residual, d_out
-        gradients: list[torch.Tensor] = []
-        inputs.prefetch()
-        for position in reversed(range(len(stack.layers))):
-            layer, is_first = stack.layers[position], position == 0
-            dropout = draw_dropout(layer, dropout_seed)
-            if kept:
-                saved = kept.pop()
-            else:
-                r1 = inputs.pop()
-                inputs.prefetch()
-                saved = layer_forward(layer, sequences, r1, None, dropout, recompute=True)[2]
-                del r1
-            assert dr_aug is not None
-            dr_aug, layer_gradients = layer_backward(
-                layer, None if is_first else stack.layers[position - 1].down, sequences, saved,
-                dr_aug, dropout, rows=rows if position == len(stack.layers) - 1 else None,
-                needs_input_grad=needs_hidden or not is_first,
-            )  # fmt: skip
-            del saved
-            gradients = layer_gradients + gradients
-        return dr_aug if needs_hidden else None, None, None, None, None, None, *gradients
+    stack: DecoderStack = ctx.stack
+    if ctx.versions != [parameter._version for parameter in stack.parameters]:
+        raise RuntimeError(
+            "adapter weights have been modified by an inplace operation between the forward "
+            "and the backward pass"
+        )
+    if ctx.scalings != stack.scalings:
+        stack.set_scalings(ctx.scalings)
+        stack.working_copies.refresh()
+    for group, p in zip(stack.groups, ctx.dropout_ps, strict=True):
+        group.dropout_p = p
+    sequences, rows, dropout_seed, kept, inputs, residual, rstd = ctx.state
+    ctx.state = None
+    needs_hidden = ctx.needs_input_grad[0]
+    below = stack.layers[-1].down
+    width = residual.shape[1] + below.rank_columns
+    dr_aug: torch.Tensor | None = d_out.new_empty(len(residual), width)
+    assert dr_aug is not None
+    rms_norm_backward(
+        d_out.contiguous(), residual, rstd, stack.final_norm, None, dr_aug, below.sb_or_none
+    )
+    del residual, d_out
+    gradients: list[torch.Tensor] = []
+    inputs.prefetch()
+    for position in reversed(range(len(stack.layers))):
+        layer, is_first = stack.layers[position], position == 0
+        dropout = draw_dropout(layer, dropout_seed)
+        if kept:
+            saved = kept.pop()
+        else:
+            r1 = inputs.pop()
+            inputs.prefetch()
+            saved = layer_forward(layer, sequences, r1, None, dropout, recompute=True)[2]
+            del r1
+        assert dr_aug is not None
+        dr_aug, layer_gradients = layer_backward(
+            layer, None if is_first else stack.layers[position - 1].down, sequences, saved,
+            dr_aug, dropout, rows=rows if position == len(stack.layers) - 1 else None,
+            needs_input_grad=needs_hidden or not is_first,
+        )  # fmt: skip
+        del saved
+        gradients = layer_gradients + gradients
+    return dr_aug if needs_hidden else None, None, None, None, None, None, *gradients

@@ -203,8 +203,8 @@ class FusedDecoder:
         """
         if inputs_embeds is None:
             inputs_embeds = self.decoder.embed_tokens(input_ids)
-            if inputs_embeds.grad_fn is None and not inputs_embeds.retains_grad:
-                # all that asks for a gradient is the hook for checkpointing single layers
+            if inputs_embeds.grad_fn is None and getattr(self._base, "_require_grads_hooks", None):
+                # all that asks for a gradient is transformers' hook for checkpointing
                 inputs_embeds = inputs_embeds.detach()
         batch, length = inputs_embeds.shape[:2]
         device = inputs_embeds.device

@@ -29,6 +29,7 @@ class ModelWatch:
         self._adapter = adapter
         self._lora_layers = lora_layers
         self._num_layers = decoder.config.num_hidden_layers
+        self._attentions = [layer.self_attn for layer in decoder.layers]
         # where each module stands, and it
         self._modules: list[tuple[dict[str, Any], str, nn.Module]] = []
         # likewise, and where its memory is if that must not change
@@ -59,6 +60,8 @@ class ModelWatch:
         """Return what has changed since, as a sentence without its end; None if nothing has."""
         if self._decoder.config.num_hidden_layers != self._num_layers:
             return "the number of layers was changed"
+        if not all(attention.is_causal for attention in self._attentions):
+            return "the attention of a layer is not causal"
         for layer in self._lora_layers:
             if layer.disable_adapters:
                 return "adapters are disabled"

@@ -467,6 +467,19 @@ def test_a_second_adapter_takes_pefts_forward(device, caplog):
     torch.testing.assert_close(loss_of(model, row), loss_of(stock, row), rtol=1e-5, atol=1e-5)
 
 
+def test_a_backward_under_autocast_is_the_same(device):
+    gradients = []
+    for enabled in (False, True):
+        model = make_model(device=device)
+        FusedDecoder(model)
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            hidden = model.get_base_model().model(use_cache=False, **make_row(device=device))
+            hidden.last_hidden_state.square().sum().backward()
+        gradients.append(adapter_gradients(model))
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
 def test_a_second_backward_is_refused(device):
     model = make_model(device=device)
     FusedDecoder(model)
