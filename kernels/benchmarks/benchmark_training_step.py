@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_kernels.augmented import AdaptedLinear, AugmentedGroup
 from lora_kernels.cross_entropy import linear_cross_entropy
 from lora_kernels.decoder import DecoderStack
-from lora_kernels.decoder_layer import DecoderLayer
+from lora_kernels.decoder_layer import DecoderLayer, Sequences
 from lora_kernels.peft_bridge import fuse
 from lora_train.adapter import attach_adapter
 from lora_train.attention import VARLEN
@@ -201,9 +201,7 @@ def our_frozen(base: LlamaForCausalLM, steps: int) -> Result:
     return timed(steps, step)
 
 
-def _uniform_batch(base: LlamaForCausalLM) -> tuple[torch.Tensor, Any]:
-    from lora_kernels.decoder_layer import Sequences
-
+def _uniform_batch(base: LlamaForCausalLM) -> tuple[torch.Tensor, Sequences]:
     ids = torch.randint(0, base.config.vocab_size, (sum(UNIFORM),), device="cuda")
     positions = torch.arange(UNIFORM[0], device="cuda")[None]
     cos, sin = base.model.rotary_emb(torch.empty(0, device="cuda"), positions)

@@ -82,7 +82,6 @@ class AugmentedGroup:
         linears: the group's linear layers, all (*, K), all dense or all quantized.
         dtype: of the working copies and the products.
         device: where the buffer lies.
-        dropout_p: probability with which the adapters' input is dropped in training.
         scratch: dense buffers of quantized groups, by shape; groups share them.
     """
 
@@ -92,13 +91,12 @@ class AugmentedGroup:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        dropout_p: float = 0.0,
         scratch: dict[tuple[int, int, int], torch.Tensor] | None = None,
     ) -> None:
         self.linears = list(linears)
-        # of the adapted linears; they may be changed between passes, like dropout_p
+        # of the adapted linears; like the probability of dropout, they are those of a pass
         self.scalings = [linear.scaling for linear in linears if linear.lora_a is not None]
-        self.dropout_p = dropout_p
+        self.dropout_p = 0.0
         self.num_in = linears[0].weight.shape[1]
         self.slots: list[Slot] = []
         row = column = 0

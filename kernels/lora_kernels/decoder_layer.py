@@ -223,8 +223,7 @@ def layer_backward(
         below: the group whose output is the layer's `delta`; None for the first layer.
         sequences: as in the forward pass.
         saved: what it kept; the caller should hold no other reference.
-        dr_aug: (M', K+P), gradient of the layer's output and its G for the down projection; is
-            overwritten.
+        dr_aug: (M', K+P), gradient of the layer's output and its G for the down projection.
         dropout: the same draws.
         rows: as in the forward pass.
         needs_input_grad: whether anything below the layer is trained.

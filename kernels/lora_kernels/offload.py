@@ -26,8 +26,8 @@ class HostStack:
 
     def __init__(self, device: torch.device, num_tensors: int, tensor_bytes: int) -> None:
         needed = num_tensors * tensor_bytes
-        self.is_used = device.type == "cuda" and 0 < needed <= _SHARE_OF_HOST * free_host_bytes()
-        self._stream = torch.cuda.Stream(device) if self.is_used else None
+        is_used = device.type == "cuda" and 0 < needed <= _SHARE_OF_HOST * free_host_bytes()
+        self._stream = torch.cuda.Stream(device) if is_used else None
         self._waiting: list[tuple[torch.Tensor, torch.device]] = []
         self._fetched: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
 

@@ -28,6 +28,7 @@ from lora_kernels.peft_obstacles import (
     attention_obstacle,
     decoder_of,
     has_hooks,
+    is_altered,
     is_nf4,
     linear_of,
 )
@@ -99,7 +100,7 @@ class FusedDecoder:
     def _group(
         self, modules: list[nn.Module], scratch: dict[tuple[int, int, int], torch.Tensor]
     ) -> AugmentedGroup:
-        linears = []
+        linears, dropouts = [], []
         for module in modules:
             base = linear_of(module)
             weight = base.weight
@@ -109,6 +110,7 @@ class FusedDecoder:
             )
             if isinstance(module, LoraLayer) and self.adapter in module.lora_A:
                 self._lora_layers.append(module)
+                dropouts.append(module.lora_dropout[self.adapter])
                 adapted = AdaptedLinear(
                     adapted.weight,
                     adapted.bias,
@@ -118,11 +120,6 @@ class FusedDecoder:
                 )
             linears.append(adapted)
         group = AugmentedGroup(linears, self.dtype, self.device, scratch=scratch)
-        dropouts = [
-            module.lora_dropout[self.adapter]
-            for module in modules
-            if isinstance(module, LoraLayer) and self.adapter in module.lora_A
-        ]
         if any(isinstance(dropout, nn.Dropout) for dropout in dropouts):
             self._dropouts.append((group, dropouts))
         if not group.is_quantized:
@@ -156,12 +153,13 @@ class FusedDecoder:
         """Return why `loss_sum` cannot stand in for a call of the whole model, or None."""
         head = self.model.get_output_embeddings()
         for module in (self.model, self.model.base_model, self._base, head):
-            if has_hooks(module):
+            if is_altered(module):
                 return f"{type(module).__name__} has hooks or another forward"
         family = family_of(self.decoder)
         if family is None or not family.is_own(self._base, "ForCausalLM"):
             return f"{type(self._base).__name__} may do more with the hidden states"
-        if self.decoder._forward_hooks or self.decoder._forward_pre_hooks:
+        # its forward is replaced by this very class
+        if has_hooks(self.decoder):
             return f"{type(self.decoder).__name__} has hooks"
         return self.obstacle_now()
 

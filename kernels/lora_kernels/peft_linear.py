@@ -23,6 +23,7 @@ from torch import nn
 
 from lora_kernels.dropout import Dropout
 from lora_kernels.lora_linear import DTYPES, MAX_RANK, QuantizedWeight, lora_linear
+from lora_kernels.peft_obstacles import has_hooks
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _part_reason(layer: Any, adapter: str) -> str | None:
         if "forward" in vars(module):
             return f"replaced forward of {type(module).__name__}"
         # what is not called runs no hooks; the layer itself is
-        if module is not layer and _has_hooks(module):
+        if module is not layer and has_hooks(module):
             return f"hooks on {type(module).__name__}"
     return None
 
@@ -230,15 +231,6 @@ def _part_reason(layer: Any, adapter: str) -> str | None:
 def _adapters(layer: Any) -> list[str]:
     """Return the active adapters that the layer has."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _autocasts(x: torch.Tensor) -> bool:

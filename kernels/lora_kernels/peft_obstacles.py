@@ -69,14 +69,18 @@ def is_nf4(base: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something runs at a module's call beside its class's forward."""
+    """Whether something runs at a module's call beside its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
     )
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a module's call is more or other than its class's forward."""
+    return has_hooks(module) or "forward" in vars(module)
 
 
 def _device_obstacle(weight: torch.Tensor) -> str | None:
@@ -113,7 +117,7 @@ def _architecture_obstacle(decoder: Any, family: Family) -> str | None:
         if layer.self_attn.head_dim not in _HEAD_DIMS:
             return f"its heads are {layer.self_attn.head_dim} wide"
     for name, module in (*decoder.layers.named_modules(prefix="layers"), ("norm", decoder.norm)):
-        if has_hooks(module):
+        if is_altered(module):
             return f"{name} has hooks or another forward, which would not be called"
     return None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.peft_obstacles import has_hooks
+from lora_kernels.peft_obstacles import is_altered
 
 
 class ModelWatch:
@@ -72,7 +72,7 @@ class ModelWatch:
         for owner, name, module in self._modules:
             if owner.get(name) is not module:
                 return f"a module {name} was replaced after the model was fused"
-            if has_hooks(module):
+            if is_altered(module):
                 return f"a module {name} has hooks or another forward"
         for owner, name, parameter, pointer in self._parameters:
             if owner.get(name) is not parameter:

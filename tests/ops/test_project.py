@@ -1,8 +1,9 @@
+import functools
 from typing import Any
 
 import pytest
 import torch
-from truth import assert_close_to_truth, poisoned
+from truth import assert_close_to_truth, poisoned, strided
 
 from lora_kernels import launch, project
 from lora_kernels.dropout import Dropout, apply_dropout_reference
@@ -34,12 +35,8 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def _strided(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Random numbers in a view whose rows are longer than they look."""
-    wide = poisoned(shape[0], shape[1] + 13, dtype=dtype, device=device)
-    view = wide[:, 5 : 5 + shape[1]]
-    view.copy_(torch.randn(shape, device=device))
-    return view
+# rows that begin anywhere
+_unaligned = functools.partial(strided, left=5)
 
 
 def _check_project(
@@ -53,8 +50,8 @@ def _check_project(
     ones_column: int | None = None,
     in_place: bool = False,
 ) -> None:
-    x = _strided(num_rows, num_columns, dtype=dtype, device=device)
-    a = _strided(rank_columns, num_columns, dtype=dtype, device=device) * num_columns**-0.5
+    x = _unaligned(num_rows, num_columns, dtype=dtype, device=device)
+    a = _unaligned(rank_columns, num_columns, dtype=dtype, device=device) * num_columns**-0.5
     a[-10:] = 0
 
     def reference(as_dtype: torch.dtype) -> torch.Tensor:
@@ -113,9 +110,9 @@ def test_project_of_any_rank(
 
 
 def _check_add(num_rows: int, num_columns: int, rank: int, dtype: torch.dtype, device: str) -> None:
-    dx = _strided(num_rows, num_columns, dtype=dtype, device=device)
-    g = _strided(num_rows, rank, dtype=dtype, device=device)
-    a = _strided(rank, num_columns, dtype=dtype, device=device) * max(1, rank) ** -0.5
+    dx = _unaligned(num_rows, num_columns, dtype=dtype, device=device)
+    g = _unaligned(num_rows, rank, dtype=dtype, device=device)
+    a = _unaligned(rank, num_columns, dtype=dtype, device=device) * max(1, rank) ** -0.5
     same = reference_add_masked_product(dx, g, a, DROPOUT)
     truth = reference_add_masked_product(dx.double(), g.double(), a.double(), DROPOUT)
     results = []
@@ -150,7 +147,7 @@ def test_add_masked_product_of_any_rank(dtype: torch.dtype, device: str, rank: i
 def test_dropped(
     dtype: torch.dtype, device: str, num_rows: int, num_columns: int, in_place: bool
 ) -> None:
-    x = _strided(num_rows, num_columns, dtype=dtype, device=device)
+    x = _unaligned(num_rows, num_columns, dtype=dtype, device=device)
     same = apply_dropout_reference(x, DROPOUT)
     truth = apply_dropout_reference(x.double(), DROPOUT)
     wide = poisoned(num_rows, num_columns + 8, dtype=dtype, device=device)

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from truth import assert_close_to_truth, poisoned
+from truth import assert_close_to_truth, poisoned, strided
 
 from lora_kernels import launch, rope
 from lora_kernels.reference import reference_rope_backward, reference_rope_forward
@@ -42,14 +42,6 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def _strided(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Random numbers in a view whose rows are longer than they look."""
-    wide = poisoned(shape[0], shape[1] + 16, dtype=dtype, device=device)
-    view = wide[:, 8 : 8 + shape[1]]
-    view.copy_(torch.randn(shape, device=device))
-    return view
-
-
 def _angles(
     num_rows: int, head_columns: int, dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +76,7 @@ def _check_forward(
     num_columns = (num_heads + 2 * num_kv_heads) * head_columns
     num_rotated = (num_heads + num_kv_heads) * head_columns
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    qkv = _strided(num_rows, num_columns, dtype=dtype, device=device) * scale
+    qkv = strided(num_rows, num_columns, dtype=dtype, device=device) * scale
     cos, sin = _angles(num_rows, head_columns, dtype, device)
     norms = _norms(head_columns, dtype, device) if with_norms else None
     truth = reference_rope_forward(
@@ -196,14 +188,13 @@ def _check_backward(
     widths["v"] = widths["k"]
     num_columns = sum(widths.values())
     gradients = {
-        name: _strided(num_rows, width, dtype=dtype, device=device)
-        for name, width in widths.items()
+        name: strided(num_rows, width, dtype=dtype, device=device) for name, width in widths.items()
     }
     cos, sin = _angles(num_rows, head_columns, dtype, device)
     norms = qkv = sb = None
     if with_norms:
         norms = _norms(head_columns, dtype, device)
-        qkv = _strided(num_rows, num_columns, dtype=dtype, device=device)
+        qkv = strided(num_rows, num_columns, dtype=dtype, device=device)
     if with_adapter:
         sb = _block_diagonal(shape, slots, rank_columns, dtype, device)
 

@@ -15,6 +15,16 @@ def poisoned(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
 
+def strided(
+    *shape: int, dtype: torch.dtype, device: str, left: int = 8, right: int = 8
+) -> torch.Tensor:
+    """Random numbers in a view whose rows are longer than they look; around them is NaN."""
+    wide = poisoned(shape[0], left + shape[1] + right, dtype=dtype, device=device)
+    view = wide[:, left : left + shape[1]]
+    view.copy_(torch.randn(shape, device=device))
+    return view
+
+
 def assert_close_to_truth(
     actual: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, name: str = "result"
 ) -> None:
