@@ -3,26 +3,37 @@
 PYTHON ?= python3
 VENV := .venv
 
+# a default of the image's build arguments, which the Dockerfile holds
+default_of = $(shell sed -n 's/^ARG $(1)=//p' Dockerfile)
+
 # torch is installed apart from the locked packages: its build depends on the machine
-TORCH_VERSION ?= 2.13.0
+TORCH_VERSION ?= $(call default_of,TORCH_VERSION)
 # auto: the build that the NVIDIA driver runs, cpu without one; or name it: cpu, cu126, cu130
 TORCH_CUDA ?= auto
-TORCH_INDEX ?= https://download.pytorch.org/whl
+TORCH_INDEX ?= $(call default_of,TORCH_INDEX)
 UV_VERSION := 0.13.9
+
+# the image: its build has no driver to look at, so its torch is named
+IMAGE ?= lora
+SIF ?= lora.sif
+image image-test sif sif-test: TORCH_CUDA := $(if $(filter auto,$(TORCH_CUDA)),$(call default_of,TORCH_CUDA),$(TORCH_CUDA))
+BASE_IMAGE ?= $(call default_of,BASE_IMAGE)
+# docker takes the base from a registry; or oci-archive, docker-archive with a file as BASE_IMAGE
+BOOTSTRAP ?= docker
 
 # a folder of the caller's that happens to be named like a package must not be imported instead
 export PYTHONSAFEPATH := 1
 export PYTHONNOUSERSITE := 1
 # torch's threads wait asleep, not spinning: the tests start processes beside each other
 export GOMP_SPINCOUNT ?= 10000
-export TORCH_VERSION TORCH_CUDA TORCH_INDEX
+export TORCH_VERSION TORCH_CUDA TORCH_INDEX IMAGE SIF BASE_IMAGE BOOTSTRAP FROM
 
 VENV_STAMP := $(VENV)/.stamp-venv
 TORCH_STAMP := $(VENV)/.stamp-torch-$(TORCH_VERSION)-$(TORCH_CUDA)
 RUNTIME_STAMP := $(VENV)/.stamp-runtime
 DEV_STAMP := $(VENV)/.stamp-dev
 INSTALL := setup/install.sh
-SHELL_FILES = $(wildcard .ci/run setup/*.sh kernels/benchmarks/*.sh entrypoint/*.sh entrypoint/lib/*.sh \
+SHELL_FILES = $(wildcard .ci/run setup/*.sh tests/*/*.sh kernels/benchmarks/*.sh entrypoint/*.sh entrypoint/lib/*.sh \
   slurm/*.slurm)
 
 .DEFAULT_GOAL := help
@@ -60,12 +71,33 @@ bench: $(DEV_STAMP) setup  ## on a GPU: each operation, then whole steps beside 
 tune: $(DEV_STAMP) setup  ## on a GPU: write its launch tables
 	@$(VENV)/bin/python kernels/benchmarks/tune.py
 
+.PHONY: build
+build: image  ## the image with Docker or Podman (another name of image)
+
+.PHONY: image
+image:  ## build the image with Docker, Podman or Buildah: IMAGE=lora BASE_IMAGE=... TORCH_CUDA=cu126
+	@setup/image.sh build
+
+.PHONY: image-test
+image-test:  ## run the image's own checks, as root and as another user, read-only
+	@setup/image.sh test
+
+.PHONY: sif
+sif:  ## build lora.sif with Apptainer or Singularity; FROM=image takes the built image
+	@setup/sif.sh build
+
+.PHONY: sif-test
+sif-test:  ## run the SIF's own checks
+	@setup/sif.sh test
+
 .PHONY: lint
-lint: $(DEV_STAMP)  ## check style: ruff, docstrings against signatures, shell scripts
+lint: $(DEV_STAMP)  ## check style: ruff, docstrings against signatures, shell scripts, Dockerfile
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pydoclint --quiet lora_train kernels/lora_kernels
-	$(VENV)/bin/shellcheck $(SHELL_FILES)
+	$(VENV)/bin/shellcheck -x $(SHELL_FILES)
+	$(VENV)/bin/shfmt -i 2 -ci -d $(SHELL_FILES)
+	$(VENV)/bin/hadolint Dockerfile
 
 .PHONY: typecheck
 typecheck: $(DEV_STAMP)  ## check types: mypy
@@ -100,7 +132,7 @@ $(TORCH_STAMP): | $(VENV_STAMP)
 
 $(RUNTIME_STAMP): requirements.lock pyproject.toml $(TORCH_STAMP)
 	@$(INSTALL) packages $(VENV) requirements.lock
-	@$(INSTALL) project $(VENV)
+	@$(INSTALL) project $(VENV) --editable
 	@touch $@
 
 $(DEV_STAMP): requirements-dev.lock $(RUNTIME_STAMP)

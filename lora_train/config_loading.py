@@ -49,6 +49,11 @@ _OTHER_NAMES = {
     "packing": "data.packed_sequence",
     "gpus": "trainer.devices",
 }
+# keys that are often given a variable which the job does not have, and what to write instead
+_EMPTY = {
+    "trainer.devices": "SLURM_GPUS_PER_NODE is set by --gpus-per-node only, not by --gres, --gpus "
+    "or --gpus-per-task: trainer.devices=auto takes the GPUs that the job has"
+}
 # two ways to say one thing: the first decides unless it is null, then the other; its default
 _RIVALS = (
     ("trainer.max_steps", "trainer.max_epochs", TrainerConfig.max_epochs),
@@ -319,6 +324,8 @@ def _invalid_value(
         return f"{name}: required, and not given"
     if flat.get(name, "") is None:
         return f"{name}: cannot be null ({origin.get(name)})"
+    if flat.get(name) == "" and name in _EMPTY:
+        return f"{name}: empty, as an unset variable is ({origin.get(name)}); {_EMPTY[name]}"
     # a key of several forms (a number or `auto`) fails once per form: say them all
     messages = list(dict.fromkeys(_lower_first(detail["msg"]) for detail in details))
     return f"{name}: {' or '.join(messages)}; found {flat.get(name)!r} ({origin.get(name)})"

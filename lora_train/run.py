@@ -46,7 +46,12 @@ from lora_train.model import describe_model, load_base_model, load_tokenizer
 from lora_train.model_source import max_positions
 from lora_train.optimizer import make_optimizer, make_scheduler, warmup_steps
 from lora_train.progress import Progress
-from lora_train.run_directory import RunDirectory, is_finished, open_run_directory
+from lora_train.run_directory import (
+    RunDirectory,
+    is_finished,
+    open_run_directory,
+    publish_run_directory,
+)
 from lora_train.stop_signals import StopSignals
 from lora_train.summary import make_summary, print_summary
 from lora_train.trainer import Trainer

@@ -166,6 +166,24 @@ def open_run_directory(config: Config) -> RunDirectory:
     return RunDirectory(path, checkpoint, lock)
 
 
+def publish_run_directory(path: Path) -> None:
+    """Tell the GPU monitor where this run writes, if the image's entrypoint has started one.
+
+    Args:
+        path: the run directory, from now on in use.
+    """
+    state = os.environ.get("LORA_STATE_DIR", "")
+    if not os.path.isdir(state):
+        return
+    published = Path(state, "run_directory")
+    unfinished = published.with_name(f".run_directory-{os.getpid()}")  # each process publishes
+    try:
+        unfinished.write_bytes(os.fsencode(path.absolute()) + b"\n")
+        unfinished.replace(published)
+    except OSError as error:
+        log.warning("no GPU log: cannot write %s: %s", published, error.strerror)
+
+
 def is_finished(config: Config, directory: RunDirectory, summary: dict[str, Any]) -> bool:
     """Tell whether a run directory with a summary is complete for this configuration too.
 

@@ -6,7 +6,7 @@
 #   install.sh choose-torch           print the torch build for this machine, and why
 #   install.sh torch VENV             install that build
 #   install.sh packages VENV LOCK     install the locked packages, hashes checked
-#   install.sh project VENV           install this checkout, editable
+#   install.sh project VENV [--editable]   install this checkout
 #
 # Reads TORCH_VERSION, TORCH_CUDA (auto, cpu, cu126, cu130) and TORCH_INDEX from the environment.
 set -euo pipefail
@@ -108,11 +108,11 @@ install_packages() { # VENV LOCK
     show_log_and_die "cannot install $lock"
 }
 
-install_project() { # VENV
+install_project() { # VENV [--editable]
   local venv=$1
   say "installing lora-train from this checkout"
   # the lock file's setuptools builds it: nothing more to fetch
-  run_logged "$venv/bin/pip" install --no-deps --no-build-isolation --editable . ||
+  run_logged "$venv/bin/pip" install --no-deps --no-build-isolation "${@:2}" . ||
     show_log_and_die "cannot install this checkout"
   run_logged "$venv/bin/pip" check || show_log_and_die "the installed packages do not fit together"
 }
@@ -122,6 +122,6 @@ case ${1:-} in
   choose-torch) choose_torch && printf '%s: %s\n' "$build" "$reason" ;;
   torch) install_torch "$2" ;;
   packages) install_packages "$2" "$3" ;;
-  project) install_project "$2" ;;
+  project) install_project "${@:2}" ;;
   *) die "unknown step '${1:-}'" ;;
 esac

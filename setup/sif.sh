@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Build and check lora.sif, with apptainer or singularity.
+#
+#   sif.sh build    Singularity.def -> $SIF; with FROM=image from the built image $IMAGE
+#   sif.sh test     the SIF's own checks, and what it tells of itself
+#
+# Reads SIF, BOOTSTRAP, BASE_IMAGE, TORCH_VERSION, TORCH_CUDA, TORCH_INDEX (defaults: Dockerfile, through make);
+# SIF_OPTIONS='...' goes to `apptainer build`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=setup/lib.sh
+. setup/lib.sh
+
+build() {
+  local name
+  local -a options=() more
+  if [ "${FROM:-}" = image ]; then
+    # global: the trap runs after this function
+    archive=$(mktemp --suffix=.tar "${TMPDIR:-/tmp}/lora-XXXXXX")
+    trap 'rm -f "$archive"' EXIT
+    save_image "$archive"
+    export BOOTSTRAP=docker-archive BASE_IMAGE=$archive
+  fi
+  find_tool apptainer singularity
+  for name in BOOTSTRAP BASE_IMAGE TORCH_VERSION TORCH_CUDA TORCH_INDEX; do
+    options+=(--build-arg "$name=${!name}")
+  done
+  # zstd: gzip takes three times as long to pack and to read
+  read -ra more <<<"${SIF_OPTIONS:-}"
+  "$tool" build --force "${options[@]}" --build-arg "COMMIT=$(commit)" \
+    --mksquashfs-args "-comp zstd" "${more[@]}" "$SIF" Singularity.def
+}
+
+check() {
+  find_tool apptainer singularity
+  [ -e "$SIF" ] || die "there is no $SIF" "make sif"
+  "$tool" test "$SIF"
+  "$tool" inspect "$SIF"
+}
+
+case ${1:-} in
+  build) build ;;
+  test) check ;;
+  *) die "sif.sh: build or test, not '${1:-}'" "make sif" ;;
+esac
