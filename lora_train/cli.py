@@ -175,6 +175,11 @@ def _train(words: Sequence[str]) -> int:
             file=sys.stderr,
         )
 
+    from lora_train.preflight.runner import is_ready
+
+    if not is_ready(config, words):
+        return exit_status.USAGE
+
     from lora_train.run import run  # imports torch, only now
 
     return run(config, argv=["lora-train", *words])
@@ -196,6 +201,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lora_train.commands import generate
 
             return generate.run(words[1:])
+        if words[:1] == ["preflight"] and not {"-h", "--help"} & set(words):
+            from lora_train.commands import preflight
+
+            return preflight.run(words[1:])
+        if words[:1] == ["nemo"]:
+            from lora_train.commands import nemo
+
+            return nemo.run(words[1:], _train)
         if words[:1] == ["train"]:
             words = words[1:]
         if {"-h", "--help"} & set(words):

@@ -15,6 +15,7 @@ from lora_train.exit_status import EXIT_STATUS_HELP
 
 _INTRODUCTION = """\
 usage: lora-train [--factory NAME] [--config FILE] [KEY=VALUE ...] [--dry-run]
+       lora-train preflight [the same words] [--json]
        lora-train generate RUN [--prompt TEXT]
 
 Fine-tune a large language model with LoRA: the base weights W stay frozen, only the low-rank
@@ -25,6 +26,7 @@ stopped.
   lora-train                                        the embedded quickstart, on CPU or GPU
   lora-train --factory llama31_8b --max-steps 250   Llama-3.1-8B on one GPU
   lora-train --factory qwen3_8b data.path=chats.jsonl optim.lr=1e-4
+  lora-train preflight --factory llama31_8b         check this machine for a run, and run nothing
   lora-train generate runs/quickstart               talk to the result
 
 options:
@@ -38,6 +40,9 @@ options:
 
 Every key below can be set three ways: `trainer.max_steps=250`, `--max-steps 250` (a last name that
 is unique; others list their candidates), or in a --config file. Lists are [a,b], nothing is null.
+
+Before a run, and with `preflight`, the machine is checked: GPU, container, driver, imports, disks,
+locks, model, data. What would fail is refused with exit status 2 and the line that mends it.
 """
 
 

@@ -73,7 +73,7 @@ def check_devices(config: Config) -> None:
     raise UserError(
         f"trainer.devices={asked} on {config.trainer.num_nodes} node(s) means {wanted} processes; "
         f"this run was started with {found}",
-        hint=f"start it with `torchrun --nproc-per-node {asked} $(command -v lora-train) ...`"
+        hint=f"start it with `torchrun --no-python --nproc-per-node {asked} lora-train ...`"
         if found == 1
         else "trainer.devices=auto takes what was started",
     )

@@ -86,6 +86,24 @@ def embedded_path(reference: str) -> Path:
     return _prepare_one(reference, cache_dir() / "quickstart")
 
 
+def embedded_folder(reference: str, parent: Path) -> Path | None:
+    """Return the folder that holds an embedded model or data set; None: it must be prepared.
+
+    Args:
+        reference: as for `embedded_path`.
+        parent: where it is prepared outside an image.
+
+    Returns:
+        A folder of the image, or below `parent`. It appears there by renaming: its being there is
+        enough.
+    """
+    name = reference.removeprefix("embedded:")
+    for folder in (_IN_IMAGE / name, parent / name):
+        if folder.is_dir() and any(folder.iterdir()):
+            return folder
+    return None
+
+
 def prepare(destination: Path) -> None:
     """Prepare the embedded model and the embedded data under `destination`, each if absent.
 
@@ -104,13 +122,9 @@ def _prepare_one(reference: str, parent: Path) -> Path:
         raise UserError(
             f"unknown embedded reference {reference!r}", hint=f"known are {', '.join(_BUILDERS)}"
         )
-    name = reference.removeprefix("embedded:")
-    if (_IN_IMAGE / name).is_dir():
-        return _IN_IMAGE / name
-    folder = parent / name
-    # a folder is renamed into place once complete, so its being there is enough
-    if folder.is_dir() and any(folder.iterdir()):
-        return folder
+    if (found := embedded_folder(reference, parent)) is not None:
+        return found
+    folder = parent / reference.removeprefix("embedded:")
     with _explained(reference, folder), atomic_folder(folder) as work:
         _BUILDERS[reference](work)
     logger.info("%s is ready in %s", reference, folder)

@@ -1,11 +1,12 @@
-"""Let `pip` inside an image build fetch from where this machine's pip fetches, and leave nothing there.
+"""Let `pip` inside an image build fetch from where this machine's pip does, leaving no trace.
 
     pip_passthrough.py buildah FOLDER      prints --volume options for `buildah build`
-    pip_passthrough.py apptainer FOLDER    prints NAME=VALUE lines for the environment of the build
+    pip_passthrough.py apptainer FOLDER    prints NAME=VALUE lines for the build's environment
 
-pip's settings (`pip config list`: files and PIP_* variables) are written to FOLDER/pip.conf. buildah mounts it,
-the certificates and the local folders that it names at their own paths. Apptainer shows its %post the
-host's /tmp, so for it FOLDER must be below /tmp and they are copied there.
+pip's settings (`pip config list`: files and PIP_* variables) are written to FOLDER/pip.conf.
+buildah mounts it, the certificates and the local folders that it names at their own paths.
+Apptainer shows its %post the host's /tmp and /var/tmp: FOLDER must be below one of them, and they
+are copied there.
 """
 
 from __future__ import annotations

@@ -1,0 +1,173 @@
+"""Parameters of a model and of an adapter on it, counted from config.json alone. Imports no torch.
+
+Exact for decoders built like Llama; other models are not judged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_train.config import Config, PeftConfig
+
+# built of q, k, v, o, gate, up and down projections and RMSNorm, and nothing else
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
+# NeMo's names of the linear layers
+_NEMO_NAMES = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+# 8B, 0.5B, 135m as a part of a name; not the 4b of 4bit
+_SIZE_IN_NAME = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
+
+
+def checkpoint_bytes(trainable: int, config: Config) -> int:
+    """Compute what the checkpoints and the adapter of a run take on the disk at most.
+
+    Args:
+        trainable: number of trained parameters.
+        config: the run.
+
+    Returns:
+        Bytes: of each checkpoint fp32 weights and Adam's two moments, one checkpoint more than kept
+        while it is written, and the adapter.
+    """
+    every, steps = config.log.ckpt.every_n_train_steps, config.trainer.max_steps
+    kept = config.log.ckpt.keep_last + 1
+    if steps is not None:  # a short run writes fewer
+        kept = min(kept, 1 + (steps // every if every else 0))
+    return kept * trainable * 3 * 4 + trainable * 4
+
+
+def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]] | None:
+    """Return the linear layers of one decoder layer, name -> (inputs, outputs).
+
+    Args:
+        config: the content of config.json.
+
+    Returns:
+        Names such as `self_attn.q_proj`; None for a model of another kind.
+    """
+    if config.get("model_type") not in DECODERS:
+        return None
+    try:
+        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+        heads = int(config["num_attention_heads"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    head = int(config.get("head_dim") or (128 if _is_qwen3(config) else hidden // heads))
+    queries, keys = heads * head, int(config.get("num_key_value_heads") or heads) * head
+    return {
+        "self_attn.q_proj": (hidden, queries),
+        "self_attn.k_proj": (hidden, keys),
+        "self_attn.v_proj": (hidden, keys),
+        "self_attn.o_proj": (queries, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+
+
+def count_parameters(config: Mapping[str, Any]) -> int | None:
+    """Count the parameters of the base model.
+
+    Args:
+        config: the content of config.json.
+
+    Returns:
+        All of them, a tied output layer once; None for a model of another kind.
+    """
+    shapes = linear_shapes(config)
+    if shapes is None or "vocab_size" not in config:
+        return None
+    hidden = int(config["hidden_size"])
+    layer = sum(inputs * outputs for inputs, outputs in shapes.values()) + 2 * hidden
+    qkv = [shapes[f"self_attn.{name}_proj"][1] for name in "qkv"]
+    if config["model_type"] == "qwen2":
+        layer += sum(qkv)
+    elif config.get("attention_bias") and config["model_type"] != "mistral":
+        layer += sum(qkv) + hidden
+    if config["model_type"] == "llama" and config.get("mlp_bias"):
+        layer += 2 * int(config["intermediate_size"]) + hidden
+    if _is_qwen3(config):  # norms of queries and keys
+        layer += 2 * int(config.get("head_dim") or 128)
+    embeddings = int(config["vocab_size"]) * hidden
+    matrices = 1 if config.get("tie_word_embeddings") else 2
+    return matrices * embeddings + _num_layers(config) * layer + hidden
+
+
+def count_trainable(config: Mapping[str, Any], peft: PeftConfig) -> int | None:
+    """Count the parameters that are trained.
+
+    Args:
+        config: the content of config.json.
+        peft: the adapter.
+
+    Returns:
+        The adapter's and those trained in full; None where they cannot be told.
+    """
+    shapes = linear_shapes(config)
+    if shapes is None:
+        return None
+    targets: list[str] | None = None
+    if peft.target_modules != "all-linear":
+        targets = [each for name in peft.target_modules for each in _NEMO_NAMES.get(name, (name,))]
+        known = [*shapes, "lm_head"]
+        if not all(any(_ends_with(name, target) for name in known) for target in targets):
+            return None
+    total = 0
+    for layer in range(_num_layers(config)):
+        for name, (inputs, outputs) in shapes.items():
+            if targets is None or any(_ends_with(name, target) for target in targets):
+                rank = _rank(f"model.layers.{layer}.{name}", peft)
+                total += rank * (inputs + outputs) + (outputs if peft.use_dora else 0)
+    hidden, vocabulary = int(config["hidden_size"]), int(config.get("vocab_size", 0))
+    if targets is not None and any(_ends_with("lm_head", target) for target in targets):
+        total += _rank("lm_head", peft) * (hidden + vocabulary)
+        total += vocabulary if peft.use_dora else 0
+    for name in peft.modules_to_save:
+        if name not in ("lm_head", "embed_tokens"):
+            return None
+        total += hidden * vocabulary
+    return total
+
+
+def parameters_by_name(name: str) -> int | None:
+    """Read the size that a model carries in its name, such as Llama-3.1-8B.
+
+    Args:
+        name: hub name or path.
+
+    Returns:
+        Parameters, rounded as the name is; None when it says nothing, or two things.
+    """
+    sizes = set(_SIZE_IN_NAME.findall(name.rpartition("/")[2].lower()))
+    if len(sizes) != 1:
+        return None
+    number, unit = sizes.pop()
+    return round(float(number) * (10**9 if unit == "b" else 10**6))
+
+
+def _num_layers(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_hidden_layers", 0))
+
+
+def _is_qwen3(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "qwen3"
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _rank(name: str, peft: PeftConfig) -> int:
+    for pattern, rank in peft.rank_pattern.items():
+        for each in _NEMO_NAMES.get(pattern, (pattern,)):
+            # as PEFT matches it
+            if re.match(rf"(.*\.)?({each})$", name):
+                return rank
+    return peft.dim

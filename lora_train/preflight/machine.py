@@ -1,0 +1,147 @@
+"""What the checks look at: this node, this job and this container."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_train.config import Config
+from lora_train.preflight.deadline import start
+from lora_train.preflight.nvml import Gpu, GpuReport, can_load_libcuda, read_gpus, visible_gpus
+
+_NVML_SECONDS = 3.0
+
+# SLURM_GPUS_ON_NODE is a count, the others are lists of numbers, in which 0 is the first GPU
+_GPU_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE",
+)  # fmt: skip
+_DRIVER_VERSION = re.compile(r"Kernel Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The node that this process is on. The environment variables are the process's own."""
+
+    gpus: GpuReport = GpuReport()
+    """The node's GPUs."""
+    root: Path = Path("/")
+    """Where /proc, /dev and a container's marks are looked for; a test has its own."""
+    run_follows: bool = True
+    """Whether a run starts here and now; `lora-train preflight` may be given on a login node."""
+    words: tuple[str, ...] = ()
+    """The words of the command line, to be repeated in a line that mends."""
+
+    def file(self, absolute: str) -> Path:
+        """Return the path of a system file such as /dev/nvidia0."""
+        return self.root / absolute.lstrip("/")
+
+    @property
+    def in_job(self) -> bool:
+        """Whether Slurm started this."""
+        return bool(os.environ.get("SLURM_JOB_ID"))
+
+    @property
+    def container(self) -> str | None:
+        """Return apptainer (also for Singularity) or docker (also for Podman), or None."""
+        names = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
+        if any(map(os.environ.get, names)) or self.file("/.singularity.d").exists():
+            return "apptainer"
+        marks = ("/.dockerenv", "/run/.containerenv")
+        return "docker" if any(self.file(mark).exists() for mark in marks) else None
+
+    @property
+    def in_image(self) -> bool:
+        """Whether this is the project's own image, which sets cache variables and is read-only."""
+        return self.file("/opt/lora/image.json").exists()
+
+    @property
+    def wants_cpu(self) -> bool:
+        """Whether the user hides the GPUs."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+
+    @property
+    def gpu_sign(self) -> str | None:
+        """Return what says that this process should have a GPU, or None; as `device.py` has it."""
+        if self.wants_cpu:
+            return None
+        for name in _GPU_VARIABLES:
+            value = os.environ.get(name, "")
+            is_none = value in ("", "-1", "NoDevFiles")
+            if not is_none and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
+                return f"{name}={value}"
+        device = self.file("/dev/nvidia0")
+        return str(device) if device.exists() else None
+
+    def usable_gpus(self) -> list[Gpu]:
+        """Return the GPUs that this process may use; none where the user wants the CPU."""
+        return [] if self.wants_cpu else visible_gpus(self.gpus.gpus)
+
+    def driver(self) -> str | None:
+        """Return the version of the NVIDIA driver of this node, or None."""
+        if self.gpus.driver is not None:
+            return self.gpus.driver
+        try:
+            found = _DRIVER_VERSION.search(self.file("/proc/driver/nvidia/version").read_text())
+        except OSError:
+            return None
+        return found[1] if found else None
+
+    def processes_per_node(self, config: Config) -> int:
+        """Count the processes of the run on this node; at least 1."""
+        for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+            # the latter is such as 4(x2): 4 on each of 2 nodes
+            count = os.environ.get(name, "").partition("(")[0]
+            if count.isdecimal() and int(count) > 0:
+                return int(count)
+        asked = config.trainer.devices
+        return asked if not self.run_follows and asked != "auto" else 1
+
+    @property
+    def gpu_options(self) -> str:
+        """What lets the GPU into this kind of container."""
+        return "--gpus all" if self.container == "docker" else "--nv"
+
+    def run_container(self, options: str) -> str:
+        """Return the line that starts this run in its container.
+
+        Args:
+            options: what it must be started with, such as --nv.
+
+        Returns:
+            A line for the shell; of a Docker image the name is not known.
+        """
+        words = shlex.join(self.words)
+        if self.container == "docker":
+            return f"docker run {options} IMAGE {words}".strip()
+        image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+        return f"singularity run {options} {image or 'IMAGE.sif'} {words}".strip()
+
+
+def this_machine(words: tuple[str, ...], *, run_follows: bool) -> Machine:
+    """Look at the node that this process is on.
+
+    Args:
+        words: the words of the command line.
+        run_follows: whether a run starts here and now.
+
+    Returns:
+        The machine, with its GPUs.
+    """
+    try:
+        gpus = start(read_gpus).result(timeout=_NVML_SECONDS)
+    except TimeoutError:
+        gpus = GpuReport(problem=f"the driver did not answer within {_NVML_SECONDS:.0f} s")
+    except Exception as error:  # a library that nobody has tried; a run does not need it
+        gpus = GpuReport(problem=f"NVML: {error}")
+    gpus = dataclasses.replace(gpus, has_libcuda=can_load_libcuda())
+    return Machine(gpus, run_follows=run_follows, words=words)
+
+
+def speaks_for_node() -> bool:
+    """Whether this is the one process of its node that checks it; the others would say the same."""
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return local_rank == "0"

@@ -1,0 +1,90 @@
+"""All checks, each in a thread of its own: together they take as long as the slowest."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from lora_train.config import Config
+from lora_train.preflight.asset_checks import check_assets
+from lora_train.preflight.caches import check_home
+from lora_train.preflight.deadline import start
+from lora_train.preflight.driver import check_driver, check_toolchain
+from lora_train.preflight.findings import Finding, errors_first, has_errors
+from lora_train.preflight.gpu import check_container, check_gpu
+from lora_train.preflight.installation import check_imports
+from lora_train.preflight.locks import check_locks
+from lora_train.preflight.machine import Machine, speaks_for_node, this_machine
+from lora_train.preflight.processes import check_batch, check_shm
+from lora_train.preflight.report import print_findings
+from lora_train.preflight.storage import check_storage
+
+Check = Callable[[Machine, Config], list[Finding]]
+
+CHECKS: dict[str, Check] = {
+    "gpu": check_gpu,
+    "container": check_container,
+    "driver": check_driver,
+    "toolchain": check_toolchain,
+    "imports": check_imports,
+    "home": check_home,
+    "storage": check_storage,
+    "locks": check_locks,
+    "shm": check_shm,
+    "assets": check_assets,
+    "batch": check_batch,
+}
+_SECONDS = 4.0
+
+
+def run_checks(machine: Machine, config: Config) -> list[Finding]:
+    """Run every check, and wait a few seconds for their findings.
+
+    Args:
+        machine: this node.
+        config: the run.
+
+    Returns:
+        Findings, errors first. A check that does not answer is a warning; one that fails itself is
+        skipped, and stops no run.
+    """
+    end = time.monotonic() + _SECONDS
+    started = {
+        name: start(lambda check=check: check(machine, config))  # type: ignore[misc]
+        for name, check in CHECKS.items()
+    }
+    findings: list[Finding] = []
+    for name, future in started.items():
+        try:
+            findings += future.result(timeout=max(0.0, end - time.monotonic()))
+        except TimeoutError:
+            findings.append(
+                Finding(
+                    name, "warning", f"no answer within {_SECONDS:.0f} s",
+                    "a file system or a driver hangs, and the run may hang as well",
+                    "`df` and `nvidia-smi` show which one hangs",
+                )
+            )  # fmt: skip
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            findings.append(Finding(name, "skipped", f"the check itself failed: {reason}"))
+    return errors_first(findings)
+
+
+def is_ready(config: Config, words: Sequence[str]) -> bool:
+    """Check the machine before a run; print what is wrong to stderr.
+
+    Args:
+        config: the run.
+        words: its command line.
+
+    Returns:
+        Whether the run may go on.
+    """
+    if not speaks_for_node():
+        return True
+    findings = run_checks(this_machine(tuple(words), run_follows=True), config)
+    wrong = [finding for finding in findings if finding.level in ("error", "warning")]
+    print_findings(wrong, sys.stderr, is_brief=not has_errors(wrong))
+    return not has_errors(findings)

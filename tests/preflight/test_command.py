@@ -1,0 +1,158 @@
+"""`lora-train preflight`, and the same checks before a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from lora_train.preflight import runner
+from lora_train.preflight.findings import Finding
+from lora_train.preflight.machine import Machine, speaks_for_node
+from lora_train.preflight.processes import check_batch, check_shm
+
+HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "triton"}
+
+
+def test_all_is_well_on_a_laptop(preflight):
+    found = preflight()
+    assert {each["level"] for each in found} == {"ok"}
+    assert {tuple(each) for each in found} == {("check", "level", "seen", "why", "mend")}
+
+
+def test_errors_come_first_and_end_with_status_2(lora_train):
+    done = lora_train("preflight", "--factory", "llama31_8b", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert done.stdout.startswith("error: model: meta-llama/Llama-3.1-8B is not in the hub cache")
+    assert "\n  hint: HF_HUB_OFFLINE=0 HF_HOME=" in done.stdout
+    assert "\nok: shm: " in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("preflight: 2 errors, ")
+    assert done.stderr == ""
+
+
+def test_a_wrong_command_line_is_refused_as_in_a_run(lora_train):
+    done = lora_train("preflight", "peft.dimm=8")
+    assert done.returncode == 2
+    assert "did you mean `peft.dim`?" in done.stderr
+
+
+def test_no_heavy_import():
+    code = (
+        "import sys; from lora_train.cli import main; main(['preflight']); "
+        "from lora_train.preflight.runner import is_ready; print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_run_is_refused_before_anything_is_made(lora_train, workplace):
+    words = ("--factory", "llama31_8b", "data.path=chats.jsonl")
+    done = lora_train(*words, HF_HUB_OFFLINE="1", SLURM_JOB_ID="7")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "error: gpu: no GPU, and the model has 8.0 B parameters" in done.stderr
+    assert "hint: #SBATCH --gpus=1" in done.stderr
+    assert "error: data: " in done.stderr
+    assert "warning: home: " in done.stderr
+    assert "ok: " not in done.stderr
+    assert list(workplace.iterdir()) == []
+    # the configuration alone is looked at
+    assert lora_train(*words, "--dry-run", HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_warnings_are_brief_and_the_run_goes_on(monkeypatch, capsys, configured):
+    def check(machine, config):
+        return [
+            Finding("storage", "ok", "fine"),
+            Finding("home", "warning", "it is small", "and why", "export HF_HOME=/scratch"),
+        ]
+
+    monkeypatch.setattr(runner, "CHECKS", {"home": check})
+    assert runner.is_ready(configured(), [])
+    assert capsys.readouterr().err == (
+        "warning: home: it is small\n  hint: export HF_HOME=/scratch\n"
+    )
+
+
+def test_one_process_of_a_node_checks_it(monkeypatch, configured):
+    def check(machine, config):
+        return [Finding("gpu", "error", "none")]
+
+    monkeypatch.setattr(runner, "CHECKS", {"gpu": check})
+    for local_rank, slurm, speaks in (
+        (None, None, True),
+        ("0", "3", True),
+        (None, "0", True),
+        ("1", None, False),
+        (None, "1", False),
+    ):
+        for name, value in (("LOCAL_RANK", local_rank), ("SLURM_LOCALID", slurm)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
+        assert speaks_for_node() == speaks
+        assert runner.is_ready(configured(), []) == (not speaks)
+
+
+def test_a_check_that_hangs_or_fails_stops_no_run(monkeypatch, machine, configured):
+    def hangs(machine, config):
+        import time
+
+        time.sleep(60)
+
+    def fails(machine, config):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(runner, "CHECKS", {"hangs": hangs, "fails": fails})
+    monkeypatch.setattr(runner, "_SECONDS", 0.2)
+    first, second = runner.run_checks(machine, configured())
+    assert (first.check, first.level) == ("hangs", "warning")
+    assert (second.check, second.level) == ("fails", "skipped")
+    assert "ZeroDivisionError: by zero" in second.seen
+
+
+def test_the_batch_of_a_rehearsal_is_divided_over_the_devices_asked_for(configured, monkeypatch):
+    command = Machine(run_follows=False)
+    words = ("--factory", "llama31_8b", "trainer.devices=3")
+    [finding] = check_batch(command, configured(*words))
+    assert finding.level == "error"
+    assert finding.mend == "data.global_batch_size=15 or 18"
+    [finding] = check_batch(command, configured(*words[:2], "trainer.devices=4"))
+    assert finding.seen == "16 sequences a step: micro-batches of 1, 4 accumulated on 4 processes"
+    # before a run the processes are those that were started
+    [finding] = check_batch(Machine(), configured(*words))
+    assert "this run was started with 1" in finding.seen
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert [each.level for each in check_batch(Machine(), configured(*words[:2]))] == ["ok"]
+
+
+def test_shared_memory(machine, root, configured, monkeypatch):
+    assert [each.level for each in check_shm(machine, configured())] == ["ok"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert [each.level for each in check_shm(machine, configured())] == ["skipped"]
+    (root / "dev/shm").mkdir(parents=True)
+    monkeypatch.setattr("lora_train.preflight.processes._SHM_BYTES", 2**60)
+    [finding] = check_shm(machine, configured())
+    assert finding.level == "warning"
+    assert "--shm-size=8g" in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("variables", "words", "run_follows", "expected"),
+    [
+        ({}, (), True, 1),
+        ({"LOCAL_WORLD_SIZE": "4"}, (), True, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, (), True, 4),
+        ({}, ("trainer.devices=a100:2",), False, 2),
+        ({}, ("trainer.devices=2",), True, 1),
+    ],
+)
+def test_processes_of_a_node(
+    machine, configured, monkeypatch, variables, words, run_follows, expected
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    machine = dataclasses.replace(machine, run_follows=run_follows)
+    assert machine.processes_per_node(configured(*words)) == expected

@@ -1,0 +1,244 @@
+"""GPU, container and driver on simulated machines, and through a stand-in for the driver."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lora_train.preflight import driver
+from lora_train.preflight.driver import TorchBuild, check_driver
+from lora_train.preflight.gpu import check_container, check_gpu
+from lora_train.preflight.nvml import Gpu, GpuReport, visible_gpus
+
+A100 = Gpu(0, "GPU-aaaa", "NVIDIA A100", (8, 0), 80 * 2**30, 0)
+OTHER = Gpu(1, "GPU-bbbb", "NVIDIA A100", (8, 0), 80 * 2**30, 0)
+PART = Gpu(2, "MIG-cccc", "NVIDIA A100 MIG 1g.10gb", (8, 0), 10 * 2**30, 0, True, "GPU-cccc")
+CUDA_12, CUDA_13 = TorchBuild("2.13.0+cu126", (12, 6)), TorchBuild("2.13.0+cu130", (13, 0))
+
+
+def with_gpus(machine, *gpus, driver="550.54.15", has_libcuda=True, problem=None, **changes):
+    report = GpuReport(gpus, driver, problem, has_libcuda)
+    return dataclasses.replace(machine, gpus=report, **changes)
+
+
+def levels(findings):
+    return [finding.level for finding in findings]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, [A100, OTHER, PART]),
+        ("1,0", [OTHER, A100]),
+        ("GPU-bb", [OTHER]),
+        ("MIG-cccc", [PART]),
+        ("MIG-GPU-cccc/1/0", [PART]),
+        ("0,7,1", [A100]),
+        ("NoDevFiles", []),
+        ("GPU-", []),
+    ],
+)
+def test_the_gpus_of_a_process(monkeypatch, text, expected):
+    if text is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+    assert visible_gpus([A100, OTHER, PART]) == expected
+
+
+def test_an_old_gpu_is_refused_unless_asked_for(machine, configured):
+    old = with_gpus(machine, dataclasses.replace(A100, name="Tesla V100", capability=(7, 0)))
+    [finding] = check_gpu(old, configured())
+    assert finding.level == "error"
+    assert finding.seen == "Tesla V100 (GPU 0) has compute capability 7.0"
+    assert "#SBATCH --gres=gpu:a100:1" in finding.mend
+    assert "sinfo -o '%G %f'" in finding.mend
+    slowly = configured("trainer.precision=fp32", "kernels.fused=off")
+    assert levels(check_gpu(old, slowly)) == ["warning"]
+
+
+def test_only_the_gpus_that_will_be_used_are_judged(machine, configured, monkeypatch):
+    busy = dataclasses.replace(OTHER, used=3 * 2**30)
+    both = with_gpus(machine, A100, busy)
+    assert levels(check_gpu(both, configured())) == ["ok"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    [finding] = check_gpu(both, configured())
+    assert finding.level == "warning"
+    assert "3.0 GiB of 80.0 GiB are in use already" in finding.seen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert levels(check_gpu(both, configured())) == ["ok", "warning"]
+
+
+def test_no_gpu(machine, configured, monkeypatch):
+    large, small = configured("--factory", "llama31_8b"), configured()
+    assert levels(check_gpu(machine, small)) == ["ok"]
+    [finding] = check_gpu(machine, large)
+    assert (finding.level, finding.seen) == ("error", "no GPU, and the model has 8.0 B parameters")
+    assert "#SBATCH --gpus=1" in finding.mend
+    # `lora-train preflight` on a login node, and in a job
+    command = dataclasses.replace(machine, run_follows=False)
+    assert levels(check_gpu(command, large)) == ["skipped"]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert levels(check_gpu(command, large)) == ["error"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert levels(check_gpu(machine, large)) == ["ok"]
+    assert levels(check_gpu(machine, configured("kernels.fused=required"))) == ["error"]
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", None])
+def test_a_gpu_that_cannot_be_used(machine, root, configured, monkeypatch, variable):
+    if variable is None:
+        (root / "dev").mkdir()
+        (root / "dev/nvidia0").touch()
+    else:
+        monkeypatch.setenv(variable, "1")
+    broken = with_gpus(machine, driver=None, has_libcuda=False, problem="NVML: Driver Not Loaded")
+    [finding] = check_gpu(broken, configured())
+    assert finding.level == "error"
+    assert f"({variable}=1)" in finding.seen if variable else "dev/nvidia0" in finding.seen
+    assert "Driver Not Loaded" in finding.seen
+    # CUDA may work where NVML alone is missing
+    unknown = with_gpus(machine, driver=None, problem="NVML: Shared Library Not Found")
+    assert levels(check_gpu(unknown, configured())) == ["warning"]
+
+
+def test_apptainer_without_nv(machine, root, configured, monkeypatch):
+    monkeypatch.setenv("APPTAINER_CONTAINER", "/images/lora.sif")
+    (root / "dev").mkdir()
+    machine = dataclasses.replace(machine, words=("--factory", "llama31_8b", "data.path=a b"))
+    # a node without a GPU
+    assert levels(check_container(machine, configured())) == ["ok"]
+    (root / "dev/nvidia0").touch()
+    [finding] = check_container(machine, configured())
+    assert finding.level == "error"
+    assert finding.mend == (
+        "singularity run --nv /images/lora.sif --factory llama31_8b 'data.path=a b'"
+    )
+    assert check_gpu(machine, configured("--factory", "llama31_8b")) == []  # said once
+    assert levels(check_container(with_gpus(machine, A100), configured())) == ["ok"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert levels(check_container(machine, configured())) == ["ok"]
+
+
+def test_the_images_entrypoint_was_passed_by(machine, root, configured, monkeypatch, tmp_path):
+    (root / "opt/lora").mkdir(parents=True)
+    (root / "opt/lora/image.json").write_text("{}")
+    (root / ".dockerenv").touch()
+    machine = dataclasses.replace(machine, words=("log.name=my run",))
+    [finding] = check_container(machine, configured())
+    assert finding.level == "warning"
+    assert finding.mend == "/opt/lora/bin/lora-train 'log.name=my run'"
+    monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path))
+    assert levels(check_container(machine, configured())) == ["ok"]
+
+
+def test_docker_without_gpus(machine, root, configured):
+    (root / ".dockerenv").touch()
+    assert levels(check_container(machine, configured())) == ["ok"]
+    (root / "proc/driver/nvidia").mkdir(parents=True)
+    (root / "proc/driver/nvidia/version").touch()
+    [finding] = check_container(machine, configured())
+    assert finding.level == "warning"  # perhaps the user wants none of it
+    assert "docker run --gpus all" in finding.mend
+    (root / "dev").mkdir()
+    (root / "dev/nvidia0").touch()
+    assert levels(check_container(machine, configured())) == ["error"]
+
+
+@pytest.mark.parametrize(
+    ("version", "build", "level", "words"),
+    [
+        ("550.54.15", CUDA_12, "ok", "550.54.15 runs torch 2.13.0+cu126"),
+        ("525.60", CUDA_12, "ok", ""),
+        ("470.57.02", CUDA_12, "error", "CUDA 12 needs driver 525 or newer"),
+        ("550.54.15", CUDA_13, "error", "make setup TORCH_CUDA=cu126"),
+        ("580.65.06", CUDA_13, "ok", ""),
+        ("550.54.15", TorchBuild("2.13.0+cpu", None), "error", "make setup TORCH_CUDA=cu126"),
+    ],
+)
+def test_driver(machine, configured, monkeypatch, version, build, level, words):
+    monkeypatch.setattr(driver, "torch_build", lambda: build)
+    [finding] = check_driver(with_gpus(machine, A100, driver=version), configured())
+    assert finding.level == level
+    assert words in f"{finding.seen} {finding.why} {finding.mend}"
+
+
+def test_the_image_is_built_anew(machine, root, configured, monkeypatch):
+    monkeypatch.setattr(driver, "torch_build", lambda: CUDA_13)
+    (root / "opt/lora").mkdir(parents=True)
+    (root / "opt/lora/image.json").touch()
+    [finding] = check_driver(with_gpus(machine, A100), configured())
+    assert finding.mend == "an image that was built with `make sif TORCH_CUDA=cu126`"
+
+
+def test_driver_version_without_nvml(machine, root, configured, monkeypatch):
+    monkeypatch.setattr(driver, "torch_build", lambda: CUDA_12)
+    assert check_driver(machine, configured()) == []
+    (root / "proc/driver/nvidia").mkdir(parents=True)
+    version = root / "proc/driver/nvidia/version"
+    for line in (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  470.57.02  Release Build",
+    ):
+        version.write_text(f"{line}\nGCC version: 12\n")
+        [finding] = check_driver(machine, configured())
+        assert (finding.level, finding.seen[:16]) == ("error", "driver 470.57.02")
+
+
+def test_compat_libraries_run_an_old_driver(machine, configured, monkeypatch, tmp_path):
+    monkeypatch.setattr(driver, "torch_build", lambda: CUDA_13)
+    compat = tmp_path / "cuda/compat"
+    compat.mkdir(parents=True)
+    (compat / "libcuda.so.1").touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{compat}")
+    old = with_gpus(machine, A100, driver="550.54.15")
+    assert levels(check_driver(old, configured())) == ["ok"]
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host/libcuda.so.1").touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path / 'host'}:{compat}")  # the other is loaded
+    assert levels(check_driver(old, configured())) == ["error"]
+
+
+def test_a_new_gpu_and_an_old_cuda(machine, configured, monkeypatch):
+    monkeypatch.setattr(driver, "torch_build", lambda: CUDA_12)
+    new = dataclasses.replace(A100, name="NVIDIA B200", capability=(10, 0))
+    [finding] = check_driver(with_gpus(machine, new, driver="580.65.06"), configured())
+    assert (finding.level, finding.mend) == ("error", "make setup TORCH_CUDA=cu130")
+
+
+def test_torch_is_read_without_importing_it():
+    import torch
+
+    build = driver.torch_build()
+    assert build.version == torch.__version__
+    found = torch.version.cuda
+    assert build.cuda == (None if found is None else tuple(map(int, found.split(".")[:2])))
+
+
+def the(found, check):
+    return [each for each in found if each["check"] == check]
+
+
+def test_through_nvml(built, preflight):
+    libraries = {"LD_LIBRARY_PATH": str(built)}
+    [old] = the(preflight(FAKE_GPUS="7.0,0,-1", **libraries), "gpu")
+    assert old["seen"] == "Tesla V100 (GPU 0) has compute capability 7.0"
+    [busy] = the(preflight(FAKE_GPUS="8.0,5,-1", **libraries), "gpu")
+    assert busy["seen"] == "NVIDIA A100 (GPU 0): 5.0 GiB of 80.0 GiB are in use already"
+    found = preflight(FAKE_GPUS="7.0,0,-1 8.0,0,2", CUDA_VISIBLE_DEVICES="MIG-00000001-0001",
+                      **libraries)  # fmt: skip
+    [instance] = the(found, "gpu")
+    assert instance["level"] == "ok"
+    assert instance["seen"] == "NVIDIA A100 MIG 1g.10gb (part of GPU 1), 10.0 GiB"
+    [divided] = the(preflight(FAKE_GPUS="8.0,0,0", **libraries), "gpu")
+    assert divided["level"] == "error"
+    assert "in MIG mode, and this job has no instance of it" in divided["seen"]
+    [unloaded] = the(preflight(FAKE_NVML_INIT="9", SLURM_JOB_GPUS="0", **libraries), "gpu")
+    assert "Driver Not Loaded" in unloaded["seen"]
+
+
+def test_a_driver_that_hangs_is_not_waited_for(built, preflight):
+    found = preflight(FAKE_NVML_HANGS="1", SLURM_JOB_GPUS="0", LD_LIBRARY_PATH=str(built))
+    [finding] = the(found, "gpu")
+    assert finding["level"] == "warning"
+    assert finding["seen"].endswith("the driver did not answer within 3 s")
