@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from lora_train.config import Config
 from lora_train.errors import UserError
+from lora_train.kernel_cache import start_counting
 
 if TYPE_CHECKING:
     from lora_kernels.peft_bridge import Fusion
@@ -58,6 +59,7 @@ def fuse_model(model: PeftModel, config: Config, device: torch.device) -> Fusion
     # imported here: triton takes a second, and Triton's interpreter is chosen when it is
     from lora_kernels.peft_bridge import fuse
 
+    start_counting()
     fusion = fuse(model)
     if fusion.decoder is not None:
         return _checked(fusion, config)

@@ -43,6 +43,7 @@ from lora_train.fusion import check_device, fuse_model
 from lora_train.logs import keep_log, start_log
 from lora_train.metrics import MetricsLog, keep_trackers_offline
 from lora_train.model import describe_model, load_base_model, load_tokenizer
+from lora_train.model_size import checkpoint_bytes
 from lora_train.model_source import max_positions
 from lora_train.optimizer import make_optimizer, make_scheduler, warmup_steps
 from lora_train.progress import Progress
@@ -175,6 +176,7 @@ def _run(
         directory.record_start(config, argv, describe_device(accelerator.device))
         keep_log(backlog, directory.path / "train.log")
     accelerator.wait_for_everyone()  # the others read metrics.jsonl as it is now
+    publish_run_directory(directory.path)
     stop.wait_for_step()
     try:
         return _train_and_evaluate(config, directory, trainer, tokenizer, examples, stop, console)
@@ -429,10 +431,8 @@ def _check_room(directory: RunDirectory, trainer: Trainer) -> None:
         UserError: less free than what the checkpoints of this run take.
     """
     trainable = sum(parameter.numel() for parameter in trainer.trainable.values())
-    # fp32: the adapter and Adam's two moments; one checkpoint more than kept, while it is written
-    checkpoints = (trainer.config.log.ckpt.keep_last + 1) * trainable * 3 * 4
     there = sum(path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
-    needed = max(0, checkpoints - there) + trainable * 4
+    needed = max(0, checkpoint_bytes(trainable, trainer.config) - there)
     free = shutil.disk_usage(directory.path).free
     if free < needed:
         raise UserError(

@@ -30,6 +30,7 @@ from lora_train.config import Config
 from lora_train.data.batches import Batch, BatchSchedule, collate
 from lora_train.data.prepared import PreparedData
 from lora_train.errors import RunError, UserError
+from lora_train.kernel_cache import log_count
 from lora_train.metrics import MetricsLog
 from lora_train.progress import Progress
 from lora_train.run_directory import RunDirectory
@@ -321,6 +322,7 @@ class Trainer:
             seconds = time.perf_counter() - begun
             self.train_seconds += seconds
             self._report(result, seconds, metrics, progress)
+            log_count()  # after the first step of this process, once
             if (save_every and self.step % save_every == 0) or self.step == self.max_steps:
                 self.save(run_directory)
 

@@ -42,22 +42,16 @@ class AotCase(NamedTuple):
 def recorded(capability: int, launch: Callable[[], Any]) -> list[AotCase]:
     """The cases that launchers would have compiled on a GPU of a capability.
 
-    Nothing is compiled or launched: the tensors may be on the CPU and hold anything.
+    Nothing is compiled: the tensors may be on the CPU and hold anything.
 
     Args:
         capability: 80 or 90, names the launch tables too.
         launch: calls launchers.
     """
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
 
-    from lora_kernels import launch as launch_module
+    from lora_kernels.absent_gpu import absent_gpu
 
-    fake = mock.Mock()
-    fake.get_current_target.return_value = GPUTarget("cuda", capability, 32)
-    # compiled kernels are kept by device
-    fake.get_current_device.return_value = capability
     cases = []
 
     def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -71,12 +65,7 @@ def recorded(capability: int, launch: Callable[[], Any]) -> list[AotCase]:
         # as if another cache had taken care of it
         return True
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(driver, "_active", fake))
-        stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", record))
-        stack.enter_context(
-            mock.patch.object(launch_module, "_table_name", lambda device: f"sm_{capability}")
-        )
+    with mock.patch.object(knobs.runtime, "jit_cache_hook", record), absent_gpu(capability):
         launch()
     return cases
 
