@@ -100,6 +100,8 @@ def test_the_wheel_holds_the_two_packages_and_their_data(tmp_path):
     assert "lora_train/quickstart.txt" in names
     for recipe in (REPOSITORY / "lora_train/recipes").glob("*.yaml"):
         assert f"lora_train/recipes/{recipe.name}" in names
+    for table in (REPOSITORY / "kernels/lora_kernels/launch_tables").glob("*/*.json"):
+        assert str(table.relative_to(REPOSITORY / "kernels")) in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
