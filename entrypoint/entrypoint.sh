@@ -50,24 +50,31 @@ prepare() {
   seed_kernels
 }
 
+# Before the trainer can save anything: stop, and say that the same command may come again. (As process 1
+# of a container it would not end by itself.)
+trap 'exit 75' TERM INT USR1 HUP
 case ${0##*/} in
   entrypoint.sh) ;;
   # called through a link: the program that it is named after
   *) set -- "${0##*/}" "$@" ;;
 esac
-# started by a process that came through here, torchrun's for example: everything is set
-[ -d "${LORA_STATE_DIR:-}" ] || prepare
-
 case ${1:-} in
   lora-train) shift ;;
   '' | -* | *=* | nemo) ;;
   *)
+    is_run=no
     # a program of the image; what is none, is a sub-command or a mistake that the trainer explains
     if program=$(PATH=$image/venv/bin:${PATH#"$image/bin:"} type -P -- "$1"); then
       shift
+      prepare
       exec "$program" "$@"
     fi
     ;;
 esac
-if [ ! -d "${LORA_STATE_DIR:-}" ] && trains "$@"; then supervise "$trainer" "$@"; fi
+if trains "$@"; then is_run=yes; else is_run=no; fi
+prepare
+# one of several processes that torchrun starts on a node is watched; so is none that a run starts
+if [ "$is_run" = yes ] && [ "${LOCAL_RANK:-0}" = 0 ] && [ ! -d "${LORA_STATE_DIR:-}" ]; then
+  supervise "$trainer" "$@"
+fi
 exec "$trainer" "$@"

@@ -26,4 +26,4 @@ check 'the embedded model and data are there' ls \
 check 'the command answers' "$image/bin/lora-train" --version
 check 'the default run is a valid one' "$image/bin/lora-train" --dry-run
 check 'so is a line of NeMo' "$image/bin/nemo" llm finetune --factory llama31_8b --dryrun
-check 'no build leftovers' bash -c "! ls -d $image/src /root/.cache/pip /root/.cache/huggingface 2>/dev/null"
+check 'no build leftovers' bash -c "[ -z \"\$(ls -d $image/src $image/tmp 2>/dev/null)\" ]"

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import lora_train
 from lora_train import exit_status
@@ -155,6 +157,17 @@ def _prepare_imports() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def _stop_on_signals() -> None:
+    """Let the signals that stop a run end the program also while there is nothing to save yet."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # SIGINT raises it by itself; the run takes all three over (see stop_signals.py)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
+
+
 def _train(words: Sequence[str]) -> int:
     from lora_train.config_loading import DEFAULT_FACTORY, to_yaml
     from lora_train.distributed import check_devices, gradient_accumulation_steps
@@ -196,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _prepare_imports()
+    _stop_on_signals()
     try:
         if words[:1] == ["generate"]:
             from lora_train.commands import generate

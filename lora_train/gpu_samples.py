@@ -23,7 +23,7 @@ COLUMNS = (
     # device cgroups number each task's GPUs from 0: only this tells them apart
     "uuid",
 )  # fmt: skip
-START_SECONDS = 10.0
+START_SECONDS = 60.0
 """Longest wait for a source's first line."""
 
 _FIELDS = ",".join(column.partition(" ")[0] for column in COLUMNS)

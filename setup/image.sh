@@ -19,7 +19,7 @@ build() {
     options+=(--build-arg "$name=${!name}")
   done
   read -ra more <<<"${IMAGE_OPTIONS:-}"
-  "$tool" build "${options[@]}" --build-arg "COMMIT=$(commit)" "${more[@]}" --tag "$IMAGE" .
+  "$tool" build "${options[@]}" --build-arg "COMMIT=$(commit)" --build-arg "VERSION=$(version)" "${more[@]}" --tag "$IMAGE" .
 }
 
 run_checks() { # HOW OPTIONS...

@@ -15,6 +15,10 @@ readonly system_packages=(ca-certificates gcc libc6-dev libpython3-dev python3 p
 export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 export PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1
 umask 022
+# what libraries leave in the folder for temporary files goes with it
+export TMPDIR=$image/tmp
+mkdir -p "$TMPDIR"
+trap 'rm -rf "$TMPDIR"' EXIT
 
 install_system_packages() {
   local package
@@ -63,9 +67,9 @@ install_project() {
   cp -R entrypoint "$image/"
   mkdir -p "$image/bin"
   for file in lora-train nemo hf; do ln -sfn ../entrypoint/entrypoint.sh "$image/bin/$file"; done
-  "$venv/bin/python" setup/describe_image.py >"$image/image.json"
   # nothing is installed from here on
   "$venv/bin/python" -m pip uninstall --quiet --yes pip
+  "$venv/bin/python" setup/describe_image.py >"$image/image.json"
   rm -rf "$image/src"
   # any uid reads it, whatever the umask of the checkout was; only here: in an image made of layers, a
   # changed mode is a second copy

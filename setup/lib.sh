@@ -31,6 +31,8 @@ commit() {
   printf '%s' "$hash"
 }
 
+version() { sed -n 's/^__version__ = "\(.*\)"/\1/p' lora_train/__init__.py; }
+
 # save_image FILE: the built image $IMAGE as a docker-archive
 save_image() {
   find_tool docker podman buildah

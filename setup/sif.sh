@@ -12,8 +12,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . setup/lib.sh
 
 build() {
-  local name
+  local name builder
   local -a options=() more
+  find_tool apptainer singularity
+  builder=$tool
+  "$builder" build --help 2>&1 | grep -q -- --build-arg ||
+    die "$("$builder" --version) cannot fill in a definition file (no --build-arg)" \
+      "module load a newer one (Apptainer 1.2, SingularityCE 4), or build elsewhere and copy the file"
+  # zstd packs and unpacks in a third of gzip's time; SingularityCE has no choice
+  if "$builder" build --help 2>&1 | grep -q -- --mksquashfs-args; then
+    options+=(--mksquashfs-args "-comp zstd")
+  fi
   if [ "${FROM:-}" = image ]; then
     # global: the trap runs after this function
     archive=$(mktemp --suffix=.tar "${TMPDIR:-/tmp}/lora-XXXXXX")
@@ -21,14 +30,11 @@ build() {
     save_image "$archive"
     export BOOTSTRAP=docker-archive BASE_IMAGE=$archive
   fi
-  find_tool apptainer singularity
   for name in BOOTSTRAP BASE_IMAGE TORCH_VERSION TORCH_CUDA TORCH_INDEX; do
     options+=(--build-arg "$name=${!name}")
   done
-  # zstd: gzip takes three times as long to pack and to read
   read -ra more <<<"${SIF_OPTIONS:-}"
-  "$tool" build --force "${options[@]}" --build-arg "COMMIT=$(commit)" \
-    --mksquashfs-args "-comp zstd" "${more[@]}" "$SIF" Singularity.def
+  "$builder" build --force "${options[@]}" --build-arg "COMMIT=$(commit)" "${more[@]}" "$SIF" Singularity.def
 }
 
 check() {

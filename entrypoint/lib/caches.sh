@@ -10,11 +10,12 @@ readonly storage_variables=(PROJECT WORK SCRATCH PSCRATCH MYSCRATCH GROUP_SCRATC
 # room on the node's own disk below which it is not used: Apptainer's --containall gives 64 MiB
 readonly node_local_kib=$((512 * 1024))
 
-# set_caches: export every unset cache variable, and say where on stderr
+# set_caches: export every unset cache variable; `rows` keeps what show_caches tells
 set_caches() {
   local old_token=${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/huggingface/token
   rows=()
   choose_base
+  drop_missing_tmpdir
   choose_node_local
   export LORA_CACHE_DIR=$base
   if [ ! -d "${HOME:-}" ]; then
@@ -22,9 +23,9 @@ set_caches() {
     mkdir -p "$HOME"
   fi
 
-  # a login made before the caches moved stays valid
+  # a login made before the caches moved stays valid, unless there is a newer one
   if [ -z "${HF_HOME:-}${HF_TOKEN:-}${HF_TOKEN_PATH:-}" ] && [ -r "$old_token" ] &&
-    [ ! -e "$base/huggingface/token" ]; then
+    [ ! -O "$base/huggingface/token" ]; then
     export HF_TOKEN_PATH=$old_token
   fi
   # hub, datasets, xet, assets, modules and token follow HF_HOME; NeMo's data sets and models NEMO_HOME
@@ -41,7 +42,7 @@ set_caches() {
   default TORCHINDUCTOR_CACHE_DIR "$node_local/inductor"
   default CUDA_CACHE_PATH "$node_local/cuda"
   default TMPDIR "$node_local/tmp"
-  mkdir -p "$TMPDIR" "$TRITON_CACHE_DIR" || say "cannot make $TMPDIR or $TRITON_CACHE_DIR"
+  mkdir -p "$TMPDIR" "$TRITON_CACHE_DIR" 2>/dev/null
 }
 
 # default NAME PATH: export NAME=PATH unless the user set it; note a row of the table
@@ -53,11 +54,12 @@ default() {
 
 # Sets base and base_why.
 choose_base() {
-  local name folder user=$USER
+  local name folder
   if [ -n "${LORA_CACHE_DIR:-}" ]; then
     base=$(absolute "$LORA_CACHE_DIR") base_why=LORA_CACHE_DIR
-    is_usable "$base" || refuse "LORA_CACHE_DIR=$LORA_CACHE_DIR cannot be written${why:+: $why}" \
-      "$(unbound_hint "$base")export LORA_CACHE_DIR=FOLDER names one that can"
+    # a question such as preflight is answered all the same
+    is_usable "$base" || [ "$is_run" = no ] || refuse "LORA_CACHE_DIR=$LORA_CACHE_DIR cannot be written: $why" \
+      "export LORA_CACHE_DIR=FOLDER names one that can$(unbound "$base")"
     return
   fi
   for name in "${storage_variables[@]}"; do
@@ -67,21 +69,40 @@ choose_base() {
       /*) ;;
       *) continue ;;
     esac
-    base=$folder/lora-train base_why="\$$name"
-    if is_usable "$base"; then return; fi
-    say "$name=$folder is not used for caches: ${why:-it cannot be written}$(unbound_note "$folder")"
+    base_why="\$$name"
+    if is_storage "$folder"; then return; fi
+    say "$name=$folder is not used for caches: $why$(unbound "$folder")"
   done
-  for folder in "/ibex/user/$user" "/scratch/users/$user" "/scratch/$user" \
-    "/scratch/${SLURM_JOB_ACCOUNT:-none}" "/project/${SLURM_JOB_ACCOUNT:-none}" "/work/$user" \
-    "/lustre/scratch/$user" "/gpfs/scratch/$user"; do
-    base=$folder/lora-train base_why="storage of this site"
-    if [ -d "$folder" ] && is_usable "$base"; then return; fi
+  base_why="storage of this site"
+  for folder in "/ibex/user/$USER" "/scratch/users/$USER" "/scratch/$USER" \
+    "/scratch/${SLURM_JOB_ACCOUNT:-none}" "/project/${SLURM_JOB_ACCOUNT:-none}" "/work/$USER" \
+    "/lustre/scratch/$USER" "/gpfs/scratch/$USER"; do
+    if is_storage "$folder"; then return; fi
   done
   base=$PWD/.lora_cache base_why="no project or scratch storage was recognized"
   if is_usable "$base"; then return; fi
   base=${TMPDIR:-/tmp}/lora-train-$(id -u)/cache base_why="the current folder cannot be written: lost with the node"
-  is_usable "$base" || refuse "no folder for caches: neither $PWD nor ${base%/lora-train-*} can be written" \
-    "export LORA_CACHE_DIR=FOLDER names one that can"
+  is_usable "$base" || [ "$is_run" = no ] ||
+    refuse "no folder for caches: neither $PWD nor ${base%/lora-train-*} can be written" \
+      "export LORA_CACHE_DIR=FOLDER names one that can"
+}
+
+# is_storage FOLDER: whether it is there and takes the caches; sets base
+is_storage() {
+  why="there is no such folder"
+  [ -d "$1" ] || return 1
+  base=$1/lora-train
+  # what a group shares holds a folder for each of its users
+  if [ ! -O "$1" ] && [[ $1 != *"$USER"* ]]; then base=$1/$USER/lora-train; fi
+  is_usable "$base"
+}
+
+# A TMPDIR of the node that is not in the container.
+drop_missing_tmpdir() {
+  [ -n "${TMPDIR:-}" ] && [ ! -d "$TMPDIR" ] || return 0
+  mkdir -p "$TMPDIR" 2>/dev/null && return
+  say "TMPDIR=$TMPDIR is not there$(unbound "$TMPDIR"); another folder is used"
+  unset TMPDIR
 }
 
 # Sets node_local: the user's own folder on this node's disk, else one in the base.
@@ -94,48 +115,80 @@ choose_node_local() {
     folder=$parent/lora-train-$(id -u)
     mkdir -m 700 "$folder" 2>/dev/null
     # /tmp is everybody's: a folder of that name may be another user's
-    if [ ! -L "$folder" ] && [ -O "$folder" ] && [ -w "$folder" ]; then
+    if [ -L "$folder" ] || [ ! -O "$folder" ] || [ ! -w "$folder" ]; then
+      folder=$(mktemp -d "$parent/lora-train-XXXXXX" 2>/dev/null) || continue
+    fi
+    if runs_code "$folder"; then
       node_local=$folder
       return
     fi
-    if node_local=$(mktemp -d "$parent/lora-train-XXXXXX" 2>/dev/null); then return; fi
   done
   node_local=$base/node/$(uname -n)
-  mkdir -p "$node_local"
+  mkdir -p "$node_local" 2>/dev/null
 }
 
-# is_usable FOLDER: make it, and write into it; the reason of a failure is left in why
+# runs_code FOLDER: false where it is mounted noexec; Triton loads a library from its cache
+runs_code() {
+  local probe status
+  probe=$(mktemp "$1/.probe-XXXXXX" 2>/dev/null) || return 1
+  printf '#!/bin/sh\n' >"$probe"
+  chmod u+x "$probe"
+  "$probe" 2>/dev/null
+  status=$?
+  rm -f "$probe"
+  return "$status"
+}
+
+# is_usable FOLDER: whether it can be made and written to, without making it; why not is left in `why`
 is_usable() {
-  local probe
-  why=$(mkdir -p -- "$1" 2>&1) || {
-    why=${why##*: }
-    return 1
-  }
-  why=""
-  probe=$(mktemp "$1/.probe-XXXXXX" 2>/dev/null) || {
-    why="no file can be made there"
+  local folder probe
+  folder=$(existing "$1")
+  probe=$(mktemp "$folder/.probe-XXXXXX" 2>&1) || {
+    why="${probe##*: } ($folder)"
     return 1
   }
   rm -f "$probe"
 }
 
-absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac }
-
-in_apptainer() { [ -n "${APPTAINER_CONTAINER:-${SINGULARITY_CONTAINER:-}}" ]; }
-
-# A folder that exists on the node may be missing in the container.
-unbound_note() {
-  if in_apptainer && [ ! -d "$1" ]; then printf ' (not in this container: add --bind %q)' "$1"; fi
+# absolute PATH: from the current folder; a leading ~ is the home, also where no shell has seen it
+absolute() {
+  case $1 in
+    /*) printf '%s' "$1" ;;
+    '~' | '~/'*) printf '%s' "${HOME:-}${1:1}" ;;
+    *) printf '%s/%s' "$PWD" "$1" ;;
+  esac
 }
-unbound_hint() {
-  if in_apptainer && [ ! -d "$1" ]; then printf 'add --bind %q if it exists on the node, or ' "$1"; fi
+
+# existing PATH: the nearest folder above that is there
+existing() {
+  local folder
+  folder=$(absolute "$1")
+  while [ -n "$folder" ] && [ ! -e "$folder" ]; do folder=${folder%/*}; done
+  printf '%s' "${folder:-/}"
+}
+
+# bind_option FOLDER: what shows a folder of the node in this container, if it is not there
+bind_option() {
+  [ ! -d "$1" ] || return 0
+  if [ -n "${APPTAINER_CONTAINER:-${SINGULARITY_CONTAINER:-}}" ]; then
+    printf -- '--bind %q' "$1"
+  elif [ -e /.dockerenv ] || [ -e /run/.containerenv ]; then
+    printf -- '-v %q:%q' "$1" "$1"
+  fi
+}
+
+# unbound FOLDER: the same as a note behind a message
+unbound() {
+  local option
+  option=$(bind_option "$1")
+  printf '%s' "${option:+ (not in this container: add $option)}"
 }
 
 # One row for each variable, or one line for all with LORA_QUIET=1 and on every process but the first.
 show_caches() {
   local row name path whose previous="" place=""
   local short='%s, %s and %s inodes free'
-  if [ -n "${LORA_QUIET:-}" ] || [ "${SLURM_PROCID:-0}" != 0 ]; then
+  if [ -n "${LORA_QUIET:-}" ] || [ "${RANK:-${SLURM_PROCID:-0}}" != 0 ]; then
     say "caches: $base ($(columns "$base" "$short")); on the node: $node_local ($(columns "$node_local" "$short"))"
     return
   fi
@@ -148,17 +201,15 @@ show_caches() {
       # the same file system mostly: asked once for each folder that holds several
       if [ "${path%/*}" != "$previous" ]; then place=$(columns "$path" '%-8s %8s %8s'); fi
       previous=${path%/*}
-      printf '  %-23s  %s  %s %s\n' "$name" "$place" "$path" "$whose"
+      printf '  %-23s  %s  %s\n' "$name" "$place" "$path${whose:+ $whose}"
     done
   } >&2
 }
 
 # df_of FOLDER: file system, free bytes and free inodes of where it is or will be
 df_of() {
-  local folder=$1
-  while [ ! -e "$folder" ]; do folder=${folder%/*} folder=${folder:-/}; done
   # a dead network file system must not hold up the run
-  timeout 5 df --output=fstype,avail,iavail -B1 -- "$folder" 2>/dev/null | tail -n 1
+  timeout 5 df --output=fstype,avail,iavail -B1 -- "$(existing "$1")" 2>/dev/null | tail -n 1
 }
 
 # columns FOLDER FORMAT: file system, free bytes and free inodes, through printf

@@ -8,7 +8,8 @@ close_leaks() {
   # a compiler of the host's modules (CC=icc) that is not in here; Triton would call it
   if [ -n "${CC:-}" ] && ! type -P -- "${CC%% *}" >/dev/null; then unset CC; fi
   # an arbitrary uid has no name, and Python's getuser() fails without one
-  export USER="${USER:-$(id -un 2>/dev/null || printf 'uid%s' "$(id -u)")}"
+  USER=${USER:-$(id -un 2>/dev/null)} || USER=uid$(id -u)
+  export USER
   export LOGNAME="${LOGNAME:-$USER}"
   # GPU numbers as nvidia-smi and Slurm count them
   export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}

@@ -3,14 +3,15 @@
 
 # supervise COMMAND...: exits with the command's status
 supervise() {
-  local started=$SECONDS status caught=""
-  monitor="" trainer_pid=""
+  local started=$SECONDS commit status caught=""
   LORA_STATE_DIR=$(mktemp -d "$node_local/run-XXXXXX") ||
     refuse "$node_local cannot be written (is it full?)" "export TMPDIR=FOLDER names another folder on this node"
   export LORA_STATE_DIR
   show_caches
-  say "lora-train $(image_fact version) ($(image_fact commit)) starts $(date +%FT%T%z) on $(uname -n)${SLURM_JOB_ID:+, job $SLURM_JOB_ID, task ${SLURM_PROCID:-0} of ${SLURM_NTASKS:-1}}"
+  commit=$(image_fact commit)
+  say "lora-train $(image_fact version) (${commit:0:12}) starts $(date +%FT%T%z) on $(uname -n)${SLURM_JOB_ID:+, job $SLURM_JOB_ID, task ${SLURM_PROCID:-0} of ${SLURM_NTASKS:-1}}"
 
+  trainer_pid=""
   trap 'forward TERM' TERM HUP
   trap 'forward INT' INT
   trap 'forward USR1' USR1
@@ -20,7 +21,8 @@ supervise() {
   # that is forwarded and not a second. If this shell is killed, the trainer is asked to stop.
   set -m
   if type -P setpriv >/dev/null; then set -- setpriv --pdeathsig TERM -- "$@"; fi
-  "$@" &
+  # a question to the terminal would stop a process in the background for good
+  "$@" </dev/null &
   trainer_pid=$!
   set +m
   [ -z "$caught" ] || forward "$caught"

@@ -104,12 +104,63 @@ def test_storage_that_the_container_does_not_see_is_named(image: Image) -> None:
     assert "--bind /proc/nowhere" in result.stderr
 
 
+def test_storage_that_is_not_there_is_not_made(image: Image, tmp_path: Path) -> None:
+    """In a container it would be a folder of the container, gone with it."""
+    result = image.run("--max-steps=1", SCRATCH=str(tmp_path / "scratch"))
+    assert f"SCRATCH={tmp_path}/scratch is not used for caches: there is no such" in result.stderr
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_group_shares_its_storage(image: Image, tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    storage.mkdir(mode=0o777)
+    os.chown(storage, 12345, 12345)
+    image.run("--max-steps=1", PROJECT=str(storage), USER="ada")
+    assert image.seen["LORA_CACHE_DIR"] == f"{storage}/ada/lora-train"
+
+
 def test_a_base_that_cannot_be_written_is_refused(image: Image) -> None:
     result = image.run("--max-steps=1", LORA_CACHE_DIR="/proc/nowhere")
     assert result.returncode == 2
     assert "error: LORA_CACHE_DIR=/proc/nowhere cannot be written" in result.stderr
     assert "hint: " in result.stderr and "LORA_CACHE_DIR=FOLDER" in result.stderr
     assert not (image.out / "argv").exists()
+    # what may tell why is answered
+    assert image.run("preflight", "--json", LORA_CACHE_DIR="/proc/nowhere").returncode == 0
+
+
+@pytest.mark.parametrize("path", ["relative/cache", "~/cache"])
+def test_a_path_that_no_shell_has_completed(image: Image, path: str) -> None:
+    result = image.run("--max-steps=1", HF_HOME=path, LORA_CACHE_DIR=path)
+    assert result.returncode == 0
+    where = image.home if path.startswith("~") else image.work
+    assert image.seen["LORA_CACHE_DIR"] == str(where / path.removeprefix("~/"))
+
+
+def test_a_question_leaves_nothing(image: Image) -> None:
+    image.run("--help")
+    image.run("preflight")
+    assert list(image.work.iterdir()) == []
+
+
+def test_a_disk_that_runs_no_code_is_not_for_kernels(image: Image, tmp_path: Path) -> None:
+    """Triton loads a library from its cache."""
+    disk = tmp_path / "noexec"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1g,noexec", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("this machine does not let us mount a file system")
+    try:
+        image.run("--max-steps=1", TMPDIR=str(disk), SLURM_TMPDIR=str(image.tmp))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert image.seen["TRITON_CACHE_DIR"].startswith(f"{image.tmp}/")
+
+
+def test_a_tmpdir_of_the_node_that_is_not_here(image: Image) -> None:
+    result = image.run("--max-steps=1", TMPDIR="/proc/slurm.7", SLURM_TMPDIR=str(image.tmp))
+    assert "TMPDIR=/proc/slurm.7 is not there" in result.stderr
+    assert image.seen["TMPDIR"].startswith(f"{image.tmp}/")
 
 
 def test_a_full_cache_disk_is_told(image: Image, small_disk: Path) -> None:

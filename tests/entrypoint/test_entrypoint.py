@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pwd
 import signal
+import subprocess
+import termios
 from pathlib import Path
 
 import pytest
@@ -67,11 +71,52 @@ def test_programs_of_the_image_run_with_its_caches(image: Image) -> None:
     assert image.seen["HF_HOME"] == f"{image.work}/.lora_cache/huggingface"
 
 
+def test_torchrun_starts_one_watched_run_on_a_node(image: Image) -> None:
+    processes = [
+        image.start("--max-steps=1", door="bin/lora-train", RANK=rank, LOCAL_RANK=rank)
+        for rank in ("0", "1", "2")
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert image.order.count("trainer end") == 3
+    assert len([line for text in errors for line in text.splitlines() if " starts 20" in line]) == 1
+
+
 def test_a_process_that_a_run_starts_is_not_a_second_run(image: Image) -> None:
-    """torchrun starts lora-train once for each GPU."""
-    image.run("bash", "-c", f"LORA_STATE_DIR={str(image.tmp)!r} exec lora-train --rank 1")
-    assert image.argv == ["--rank", "1"]
-    assert "monitor start" not in image.order
+    image.run("--max-steps=1", door="bin/lora-train", LORA_STATE_DIR=str(image.tmp))
+    assert image.order == ["trainer start", "trainer end"]
+
+
+def test_a_signal_while_starting_may_be_tried_again(image: Image) -> None:
+    """Slurm preempts at any moment; a job that requeues on 75 must see it."""
+    (image.root / "entrypoint/lib/driver.sh").write_text(
+        "prefer_compat_libraries() { sleep 1; echo late >&2; sleep 1; }\n"
+    )
+    process = image.start("--max-steps=1")
+    assert process.stderr is not None
+    assert process.stderr.readline() == "late\n"
+    process.terminate()
+    assert process.wait(timeout=60) == 75
+    assert not (image.out / "argv").exists()
+
+
+def test_a_question_to_the_terminal_does_not_stop_the_run(image: Image) -> None:
+    """A process in the background that reads from its terminal is stopped for good."""
+    for name in ("lora-train", "python"):
+        stub = image.root / "venv/bin" / name
+        stub.write_text(stub.read_text().replace("out=$STUB_OUT", "out=$STUB_OUT; read -r line", 1))
+    leader, follower = os.openpty()
+    process = subprocess.Popen(
+        [image.root / "entrypoint/entrypoint.sh", "--max-steps=1"], cwd=image.work,
+        env=image.environment(), stdin=follower, stdout=follower, stderr=follower,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    try:
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(leader)
+        os.close(follower)
 
 
 @pytest.mark.parametrize("status", ["0", "1", "2", "75", "137"])
@@ -141,14 +186,14 @@ def test_what_leaks_in_from_the_host_is_closed(image: Image) -> None:
     )  # fmt: skip
     assert not {"PYTHONPATH", "PYTHONHOME", "CC"} & image.seen.keys()
     assert image.seen["PYTHONNOUSERSITE"] == image.seen["PYTHONSAFEPATH"] == "1"
-    assert image.seen["USER"]
+    assert image.seen["USER"] == pwd.getpwuid(os.getuid()).pw_name
     image.run("--max-steps=1", CC="gcc")
     assert image.seen["CC"] == "gcc"
 
 
 @pytest.mark.parametrize(
     ("driver", "cuda", "is_used"),
-    [("470.82.01", "12.6", True), ("525.60.13", "12.6", False), ("550.54.15", "13.0", True),
+    [("470.82.01", "12.6", True), ("525.60.13", "12.6", False), ("550.54.15", "13.0", False),
      ("580.65.06", "13.0", False), ("nonsense", "12.6", False)],
 )  # fmt: skip
 def test_compatibility_libraries_only_for_an_older_driver(
@@ -159,12 +204,14 @@ def test_compatibility_libraries_only_for_an_older_driver(
         folder.mkdir()
     (tools / "nvidia-smi").write_text(f"#!/bin/sh\necho '{driver}'\n")
     (tools / "nvidia-smi").chmod(0o755)
-    (compat / "libcuda.so.1").touch()
+    (compat / "libcuda.so.560.35.05").touch()
+    (compat / "libcuda.so.1").symlink_to("libcuda.so.560.35.05")
     library = image.root / "entrypoint/lib/driver.sh"
     library.write_text(library.read_text().replace("/usr/local/cuda/compat", str(compat)))
     (image.root / "image.json").write_text(f'{{\n "cuda": "{cuda}"\n}}')
     path = f"{tools}:{image.environment()['PATH']}"
     result = image.run("--max-steps=1", PATH=path, LD_LIBRARY_PATH="/host/libs")
+    # what the image brings (560) is new enough for CUDA 12, and too old for CUDA 13
     if is_used:
         assert image.seen["LD_LIBRARY_PATH"] == f"{compat}:/host/libs"
         assert f"NVIDIA driver {driver} is older" in result.stderr

@@ -59,10 +59,14 @@ def docker_image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def sif(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sif]:
-    """The SIF that `make sif` makes from Singularity.def, and a user who runs it."""
+    """The SIF that `make sif` makes from Singularity.def, or that LORA_TEST_SIF names."""
     folder = Path(f"/var/tmp/lora-sif-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o755)
+    if built := os.environ.get("LORA_TEST_SIF"):
+        yield Sif(Path(built), folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        return
     variables = dict(line.split("=", 1) for line in passthrough("apptainer", folder / "pip"))
     make(
         tmp_path_factory.mktemp("sif") / "log", "sif", *CPU, f"SIF={folder}/lora.sif",

@@ -70,7 +70,7 @@ install_apptainer() {
   ln -sfn ../bin "$apptainer/usr/lib/bin"
   mkdir -p "$apptainer/var/lib/apptainer/mnt/session"
   cat >"$apptainer/bin/apptainer" <<'WRAPPER'
-#!/usr/bin/env bash
+#!/bin/sh
 # root without every capability: Apptainer asks for all and fails; the one that is often missing is dropped
 here=$(dirname "$(readlink -f "$0")")
 if [ "$(id -u)" = 0 ] && ! capsh --has-p=cap_sys_resource 2>/dev/null; then
