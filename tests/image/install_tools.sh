@@ -37,7 +37,7 @@ install_apptainer() {
   local work uri loader libraries elf
   local -a apt packages
   command -v apptainer >/dev/null && return
-  [ -x "$apptainer/bin/apptainer" ] && return
+  [ -x "$apptainer/usr/bin/apptainer" ] && return
   install squashfs-tools squashfuse fuse3 fuse-overlayfs fakeroot uidmap patchelf
   work=$(mktemp -d)
   mkdir -p "$work"/{state/lists/partial,cache/archives/partial,parts}
@@ -69,6 +69,9 @@ install_apptainer() {
   ln -sfn ../../var "$apptainer/usr/lib/var"
   ln -sfn ../bin "$apptainer/usr/lib/bin"
   mkdir -p "$apptainer/var/lib/apptainer/mnt/session"
+}
+
+wrap_apptainer() {
   cat >"$apptainer/bin/apptainer" <<'WRAPPER'
 #!/bin/sh
 # root without every capability: Apptainer asks for all and fails; the one that is often missing is dropped
@@ -98,7 +101,10 @@ mkdir -p "$folder/bin"
 chmod 755 "$folder"
 install podman buildah runc fuse-overlayfs uidmap mmdebstrap libcap2-bin
 install_apptainer
-if [ -x "$apptainer/bin/apptainer" ]; then ln -sfn "$apptainer/bin/apptainer" "$folder/bin/apptainer"; fi
+if [ -x "$apptainer/usr/bin/apptainer" ]; then
+  wrap_apptainer
+  ln -sfn "$apptainer/bin/apptainer" "$folder/bin/apptainer"
+fi
 # runc and the host's network work on machines without systemd too; limits that a confined root may set
 cat >"$folder/containers.conf" <<'CONF'
 [containers]

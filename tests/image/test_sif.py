@@ -177,6 +177,22 @@ def test_preflight_and_help_answer(sif: Sif) -> None:
     assert sif.run("no-such-command", work=work).returncode == 2
 
 
+def test_a_gpu_that_is_too_old(sif: Sif) -> None:
+    """A V100, as a stand-in for NVML shows it: refused before torch is loaded."""
+    work = sif.work_folder("v100")
+    source = REPOSITORY / "tests/preflight/fake_nvml.c"
+    library, driver = work / "libnvidia-ml.so.1", work / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    empty = ["gcc", "-shared", "-fPIC", "-x", "c", "/dev/null", "-o", driver]
+    subprocess.run(empty, check=True)
+    environment = {"APPTAINER_CONTAINLIBS": f"{library},{driver}", "FAKE_GPUS": "7.0,0,-1"}
+    result = sif.run(*SHORT, work=work, environment=environment)
+    assert result.returncode == 2, result.stderr
+    assert "compute capability 7.0" in result.stderr
+    assert "#SBATCH --constraint=a100" in result.stderr
+    assert not (work / "runs").exists()
+
+
 def test_what_it_tells_of_itself(sif: Sif) -> None:
     result = subprocess.run(
         ["make", "sif-test", f"SIF={sif.path}"], cwd=REPOSITORY, env=engine_environment(),
