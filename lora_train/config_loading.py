@@ -52,7 +52,7 @@ _OTHER_NAMES = {
 # keys that are often given a variable which the job does not have, and what to write instead
 _EMPTY = {
     "trainer.devices": "SLURM_GPUS_PER_NODE is set by --gpus-per-node only, not by --gres, --gpus "
-    "or --gpus-per-task: trainer.devices=auto takes the GPUs that the job has"
+    "or --gpus-per-task: trainer.devices=auto takes the processes that are started, one for a GPU"
 }
 # two ways to say one thing: the first decides unless it is null, then the other; its default
 _RIVALS = (
@@ -64,7 +64,7 @@ _RIVALS = (
     ),
 )
 _NULL_WORDS = {"null", "none"}
-_TYPED_COUNT = re.compile(r"^[A-Za-z][\w.-]*:(\d+)$")
+_TYPED_COUNT = re.compile(r"^[\w.-]+:(\d+)$")
 
 
 @functools.cache

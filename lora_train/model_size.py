@@ -21,8 +21,10 @@ _NEMO_NAMES = {
     "linear_fc1": ("gate_proj", "up_proj"),
     "linear_fc2": ("down_proj",),
 }
-# 8B, 0.5B, 135m as a part of a name; not the 4b of 4bit
-_SIZE_IN_NAME = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
+# 8B, 0.5B, 135m as a part of a name; not the 4b of 4bit, nor the 6b of 1_6b
+_SIZE_IN_NAME = re.compile(
+    r"(?<![A-Za-z0-9.])(?<!\d_)(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE
+)
 
 
 def checkpoint_bytes(trainable: int, config: Config) -> int:

@@ -99,8 +99,10 @@ def embedded_folder(reference: str, parent: Path) -> Path | None:
     """
     name = reference.removeprefix("embedded:")
     for folder in (_IN_IMAGE / name, parent / name):
-        if folder.is_dir() and any(folder.iterdir()):
-            return folder
+        # one that may not be read is as good as absent: preparing it says why it cannot be had
+        with contextlib.suppress(OSError):
+            if folder.is_dir() and any(folder.iterdir()):
+                return folder
     return None
 
 

@@ -7,6 +7,7 @@ summary.json
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -234,10 +235,20 @@ def _check_writable(path: Path) -> None:
     folder = path
     try:
         while not folder.exists():
+            if folder.is_symlink():
+                raise UserError(
+                    f"cannot write the run directory {path}: {folder} is a link to "
+                    f"{os.readlink(folder)}, which does not exist",
+                    hint="inside a container only bound folders are seen: --bind it, or "
+                    "log.log_dir=FOLDER names another",
+                )
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * 4096)
     except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full and (path / "summary.json").is_file():
+            return  # a finished run only shows it; one that goes on needs room, and says so
         raise UserError(
             f"cannot write the run directory {path}: {error.strerror} ({folder})",
             hint="log.log_dir=FOLDER names one on project or scratch storage",

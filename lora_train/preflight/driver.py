@@ -16,7 +16,8 @@ from lora_train.model_size import DECODERS
 from lora_train.preflight.assets import model_config
 from lora_train.preflight.caches import triton_cache
 from lora_train.preflight.findings import Finding
-from lora_train.preflight.gpu import left_out_by_container
+from lora_train.preflight.folders import existing_parent
+from lora_train.preflight.gpu import is_large, left_out_by_container
 from lora_train.preflight.machine import Machine
 
 # CUDA's major version -> oldest driver, by minor version compatibility
@@ -55,49 +56,71 @@ def torch_build() -> TorchBuild | None:
 
 def check_driver(machine: Machine, config: Config) -> list[Finding]:
     """Compare the driver with the CUDA that torch is built for."""
-    driver, build = machine.driver(), torch_build()
-    gpus = machine.usable_gpus()
+    build = torch_build()
     if build is None or machine.wants_cpu or left_out_by_container(machine):
         return []
+    gpus = machine.gpus_of_run(config)
     if build.cuda is None:
-        if not gpus:
-            return []
-        return [
-            Finding(
-                "driver", "error", f"torch {build.version} is built for the CPU, and there is a "
-                f"GPU: {gpus[0]}", "the GPU would not be used", _rebuild(machine, "cu126"),
-            )
-        ]  # fmt: skip
-    if driver is None:
-        return []
-    major = int(driver.partition(".")[0])
-    cuda = f"{build.cuda[0]}.{build.cuda[1]}"
-    oldest = _OLDEST_DRIVER.get(build.cuda[0])
-    if oldest is not None and major < oldest:
-        compat = _compat_folder()
-        if compat is not None:
-            return [Finding("driver", "ok", f"{driver} with CUDA {cuda}'s libcuda from {compat}")]
-        return [
-            Finding(
-                "driver", "error", f"driver {driver}, torch {build.version} (CUDA {cuda})",
-                f"CUDA {build.cuda[0]} needs driver {oldest} or newer",
-                _rebuild(machine, "cu126")
-                if build.cuda[0] > 12 and major >= _OLDEST_DRIVER[12]
-                else f"ask for a node with driver {oldest}, or put CUDA's compat libraries first: "
-                "export LD_LIBRARY_PATH=/usr/local/cuda/compat:$LD_LIBRARY_PATH",
-            )
-        ]  # fmt: skip
+        return _cpu_build(machine, config, build)
+    findings = _check_version(machine, build, build.cuda)
     newest = max((gpu.capability for gpu in gpus if gpu.capability), default=None)
     if newest is not None and newest >= _BLACKWELL and build.cuda < _FIRST_FOR_BLACKWELL:
-        return [
+        findings.append(
             Finding(
                 "driver", "error",
                 f"{gpus[0]} has compute capability {newest[0]}.{newest[1]}, "
-                f"torch {build.version} is built with CUDA {cuda}",
+                f"torch {build.version} is built with CUDA {_dotted(build.cuda)}",
                 "it holds no code for this GPU", _rebuild(machine, "cu130"),
             )
-        ]  # fmt: skip
-    return [Finding("driver", "ok", f"{driver} runs torch {build.version}")]
+        )  # fmt: skip
+    if findings or machine.driver() is None:
+        return findings
+    return [Finding("driver", "ok", f"{machine.driver()} runs torch {build.version}")]
+
+
+def _cpu_build(machine: Machine, config: Config, build: TorchBuild) -> list[Finding]:
+    gpus = machine.usable_gpus()
+    seen, mend = f"torch {build.version} is built for the CPU", _rebuild(machine, "cu126")
+    # of the installation, which the nodes of a job share, not of this node
+    if machine.is_login_node and is_large(config):
+        return [Finding("driver", "warning", seen, "no GPU of a job would be used", mend)]
+    if not gpus:
+        return []
+    seen += f", and there is a GPU: {gpus[0]}"
+    return [Finding("driver", "error", seen, "the GPU would not be used", mend)]
+
+
+def _check_version(machine: Machine, build: TorchBuild, needed: tuple[int, int]) -> list[Finding]:
+    driver, runs = machine.driver(), machine.gpus.cuda
+    major = int(driver.partition(".")[0]) if driver is not None else None
+    oldest = _OLDEST_DRIVER.get(needed[0])
+    is_new = major is not None and oldest is not None and major >= oldest
+    # the library that is loaded decides, which may be newer or older than the driver
+    runs_it = runs[0] >= needed[0] if runs is not None else is_new
+    if runs_it or oldest is None or (driver is None and runs is None):
+        return []
+    seen = f"driver {driver}" if driver is not None else "driver of unknown version"
+    if runs is not None:
+        seen += f" with a libcuda.so.1 for CUDA {_dotted(runs)}"
+    if is_new:
+        mend = "take the folder of the older libcuda.so.1 (compat) out of LD_LIBRARY_PATH"
+    elif needed[0] > 12 and major is not None and major >= _OLDEST_DRIVER[12]:
+        mend = _rebuild(machine, "cu126")
+    else:
+        mend = (
+            f"ask for a node with driver {oldest}, or put CUDA's compat libraries first: "
+            "export LD_LIBRARY_PATH=/usr/local/cuda/compat:$LD_LIBRARY_PATH"
+        )
+    return [
+        Finding(
+            "driver", "error", f"{seen}, torch {build.version} (CUDA {_dotted(needed)})",
+            f"CUDA {needed[0]} needs driver {oldest} or newer", mend,
+        )
+    ]  # fmt: skip
+
+
+def _dotted(cuda: tuple[int, int]) -> str:
+    return f"{cuda[0]}.{cuda[1]}"
 
 
 def check_toolchain(machine: Machine, config: Config) -> list[Finding]:
@@ -108,7 +131,8 @@ def check_toolchain(machine: Machine, config: Config) -> list[Finding]:
         return []
     missing = []
     # what it compiles is kept, and the image brings it along
-    is_compiled = any(triton_cache().glob("*/cuda_utils*.so"))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")  # another Python's is of no use
+    is_compiled = any(triton_cache().glob(f"*/cuda_utils{suffix}"))
     if not _finds_libcuda(is_compiled):
         missing.append(
             (
@@ -129,12 +153,19 @@ def check_toolchain(machine: Machine, config: Config) -> list[Finding]:
             )
         if not header.is_file():
             missing.append((f"no {header}", "install Python's headers (python3-dev)"))
+    if os.statvfs(existing_parent(triton_cache())).f_flag & os.ST_NOEXEC:
+        missing.append(
+            (
+                f"{triton_cache()} is on a file system that is mounted noexec",
+                "export TRITON_CACHE_DIR=/path/on/another/file/system",
+            )
+        )
     if not missing:
         return [Finding("toolchain", "ok", "all that Triton needs")]
     content = model_config(config.model)
-    # a model that the kernels do not take runs without Triton
+    # what the kernels do not take, such as DoRA, runs without Triton
     is_fused = content is not None and content.get("model_type") in DECODERS
-    is_certain = config.kernels.fused == "required" or is_fused
+    is_certain = config.kernels.fused == "required" or (is_fused and not config.peft.use_dora)
     return [
         Finding(
             "toolchain", "error" if is_certain else "warning", seen,
@@ -149,14 +180,6 @@ def _rebuild(machine: Machine, cuda: str) -> str:
     if machine.in_image:
         return f"an image that was built with `make sif TORCH_CUDA={cuda}`"
     return f"make setup TORCH_CUDA={cuda}"
-
-
-def _compat_folder() -> str | None:
-    """Return the folder of CUDA's forward-compatible libcuda, if it is the one that is loaded."""
-    for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":"):
-        if folder and Path(folder, "libcuda.so.1").exists():
-            return folder if "compat" in Path(folder).parts else None
-    return None
 
 
 def _finds_libcuda(is_compiled: bool) -> bool:

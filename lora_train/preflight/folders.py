@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lora_train.preflight.findings import in_bytes
+
 
 def home() -> Path | None:
     """Return the user's home folder, or None where the system knows none."""
@@ -61,10 +63,49 @@ def file_system(root: Path, path: Path) -> str:
     return found
 
 
-def free_bytes(path: Path) -> int:
-    """Return the bytes that a user may still write; a quota does not show in it."""
+def dangling_link(path: Path) -> Path | None:
+    """Return the link on the way to a folder that leads nowhere, or None.
+
+    Args:
+        path: a folder that need not exist.
+
+    Returns:
+        The nearest one, going up.
+
+    Raises:
+        OSError: a folder on the way may not be entered.
+    """
+    path = path.absolute()
+    return next(
+        (each for each in (path, *path.parents) if each.is_symlink() and not each.exists()), None
+    )
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of the files in a folder; 0 where they cannot be listed."""
+    try:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError:
+        return 0
+
+
+def free_bytes(path: Path) -> int | None:
+    """Return the bytes that a user may still write; a quota does not show in it.
+
+    Args:
+        path: an existing folder.
+
+    Returns:
+        Bytes; None where the file system does not say, as some in user space (FUSE).
+    """
     status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+
+def room(path: Path) -> str:
+    """Say how much room a file system has left."""
+    free = free_bytes(path)
+    return "free space not known" if free is None else f"{in_bytes(free)} free"
 
 
 def free_files(path: Path) -> int | None:

@@ -25,30 +25,26 @@ _NEWER = (
 )
 
 
+def is_large(config: Config) -> bool:
+    """Tell whether the model is too large for a CPU, as far as its size is known."""
+    return (num_parameters(config.model) or 0) >= _CPU_PARAMETERS
+
+
 def check_gpu(machine: Machine, config: Config) -> list[Finding]:
     """Judge the GPUs that this process may use, or that there is none."""
-    usable = machine.usable_gpus()[: machine.processes_per_node(config)]
-    findings = [finding for gpu in usable for finding in _judge(gpu, config)]
-    if usable and machine.gpus.problem is not None:
+    used = machine.gpus_of_run(config)
+    findings = [finding for gpu in used for finding in _judge(gpu, config)]
+    if used and machine.gpus.problem is not None:
         findings.append(
             Finding(
                 "gpu", "warning", machine.gpus.problem, "a GPU of this node cannot be read",
                 "`nvidia-smi` shows its state; tell the cluster's support which node it is",
             )
         )  # fmt: skip
-    if usable:
-        return findings
+    if used:
+        return findings + _idle(machine, len(used))
     if left_out_by_container(machine):
         return []  # `container` says so
-    if config.kernels.fused == "required" and not _is_login_node(machine):
-        return [
-            Finding(
-                "gpu", "error", "no GPU, and kernels.fused=required",
-                "the kernels need an NVIDIA GPU", "kernels.fused=auto, or #SBATCH --gpus=1",
-            )
-        ]  # fmt: skip
-    if machine.wants_cpu:
-        return [Finding("gpu", "ok", "CPU, as CUDA_VISIBLE_DEVICES says")]
     return [_no_gpu(machine, config)]
 
 
@@ -64,11 +60,12 @@ def check_container(machine: Machine, config: Config) -> list[Finding]:
         options += " -e NVIDIA_DRIVER_CAPABILITIES=compute,utility"
     mend = machine.run_container(options)
     sign = machine.gpu_sign or "/proc/driver/nvidia"
+    needs_gpu = config.kernels.fused == "required" or is_large(config)
     return [
         Finding(
             "container",
             # a host with a driver may run what wants no GPU
-            "error" if machine.gpu_sign else "warning",
+            "error" if machine.gpu_sign or needs_gpu else "warning",
             f"there is a GPU ({sign}), but libcuda.so.1 is not in this container",
             f"without the driver's library nothing runs on the GPU; {_ON_CPU}",
             mend,
@@ -137,32 +134,54 @@ def _entrypoint_ran(machine: Machine, kind: str) -> Finding:
     )
 
 
+def _idle(machine: Machine, num_used: int) -> list[Finding]:
+    """Warn of GPUs that no process was started for; parts of one are no help to each other."""
+    idle = [
+        gpu
+        for gpu in machine.usable_gpus()[num_used:]
+        if not gpu.is_instance and (gpu.capability or _OLDEST) >= _OLDEST
+    ]
+    if not idle or machine.is_login_node:
+        return []
+    num_gpus = num_used + len(idle)
+    program = machine.program("lora-train")
+    words = ["--no-python", "--nproc-per-node", str(num_gpus), program, *machine.words]
+    return [
+        Finding(
+            "gpu", "warning", f"{len(idle)} of {num_gpus} GPUs stay idle",
+            "a process takes one GPU",
+            machine.shell_line("torchrun", words, {}, machine.gpu_options),
+        )
+    ]  # fmt: skip
+
+
 def _no_gpu(machine: Machine, config: Config) -> Finding:
     sign = machine.gpu_sign
+    reason = machine.gpus.problem or "the driver lists none that this process may use"
+    mend = f"#SBATCH --gpus=1; {_ON_CPU}"
     if sign is not None:
-        reason = machine.gpus.problem or "the driver lists none that this process may use"
-        if machine.gpus.has_libcuda and not machine.gpus.driver:
-            return Finding(
-                "gpu", "warning", f"there is a GPU ({sign}), which could not be judged: {reason}",
-                "its age and its memory are not known before the run starts",
-                "`nvidia-smi` shows whether the driver works",
-            )  # fmt: skip
-        return Finding(
-            "gpu", "error", f"there should be a GPU ({sign}), but none can be used: {reason}",
-            "the run would stop once torch is loaded",
+        seen = f"there should be a GPU ({sign}), but none can be used: {reason}"
+        why = "the run would stop once torch is loaded"
+        mend = (
             "#SBATCH --gpus=1 if the job asked for none; `nvidia-smi` on this node shows whether "
-            f"the driver works; {_ON_CPU}",
-        )  # fmt: skip
-    size = num_parameters(config.model)
-    if size is None or size < _CPU_PARAMETERS:
+            f"the driver works; {_ON_CPU}"
+        )
+    elif config.kernels.fused == "required":
+        seen, why = "no GPU, and kernels.fused=required", "the kernels need an NVIDIA GPU"
+        mend = "#SBATCH --gpus=1, or kernels.fused=auto"
+    elif machine.wants_cpu:
+        return Finding("gpu", "ok", "CPU, as CUDA_VISIBLE_DEVICES says")
+    elif is_large(config):
+        size = num_parameters(config.model) or 0
+        seen = f"no GPU, and the model has {size / 1e9:.1f} B parameters"
+        why = "a step on the CPU would take minutes to hours"
+    else:
         return Finding("gpu", "ok", "no GPU: CPU")
-    if _is_login_node(machine):
-        return Finding("gpu", "skipped", "no GPU on this node: not judged here")
-    return Finding(
-        "gpu", "error", f"no GPU, and the model has {size / 1e9:.1f} B parameters",
-        "a step on the CPU would take minutes to hours", f"#SBATCH --gpus=1; {_ON_CPU}",
-    )  # fmt: skip
-
-
-def _is_login_node(machine: Machine) -> bool:
-    return not machine.run_follows and not machine.in_job
+    # CUDA may work where NVML is missing or slow
+    if machine.gpus.has_libcuda and not machine.gpus.driver and not machine.wants_cpu:
+        return Finding(
+            "gpu", "warning", f"there may be a GPU, which could not be judged: {reason}",
+            "its age and its memory are not known before the run starts",
+            "`nvidia-smi` shows whether the driver works",
+        )  # fmt: skip
+    return Finding("gpu", "error", seen, why, mend)

@@ -9,13 +9,27 @@ import json
 import os
 import re
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from lora_train.preflight.deadline import start
+from lora_train.preflight.folders import size_of
 
 _TRUE = ("1", "ON", "YES", "TRUE")
 _CONNECT_SECONDS = 2.0
+# of any other scheme, SOCKS that is: 1080
+_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why the hub gives no answer."""
+
+    text: str
+    is_certain: bool
+    """False: it may only be slow."""
 
 
 def hub_home() -> Path:
@@ -36,12 +50,16 @@ def datasets_cache() -> Path:
 
 
 def offline_variable(*names: str) -> str | None:
-    """Return the first of the variables that turns the network off, as NAME=value, or None."""
-    for name in names:
-        value = os.environ.get(name, "")
-        if value.upper() in _TRUE:
-            return f"{name}={value}"
-    return None
+    """Return the variable that turns the network off, as NAME=value; the first that is set decides.
+
+    Args:
+        *names: the variables.
+
+    Returns:
+        None where the network is not turned off.
+    """
+    given = [(name, os.environ[name]) for name in names if os.environ.get(name)]
+    return "=".join(given[0]) if given and given[0][1].upper() in _TRUE else None
 
 
 def cached_model(cache: Path, name: str, revision: str | None) -> Path | None:
@@ -76,6 +94,9 @@ def missing_weights(folder: Path) -> list[str] | None:
     Returns:
         Names that the index lists; empty: all there. None: there are no safetensors at all.
     """
+    # taken before any index, which another version of the model may have left
+    if (folder / "model.safetensors").is_file():
+        return []
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -84,6 +105,11 @@ def missing_weights(folder: Path) -> list[str] | None:
             return [index.name]
         return sorted(name for name in named if not (folder / name).is_file())
     return [] if any(path.is_file() for path in folder.glob("*.safetensors")) else None
+
+
+def cached_bytes(name: str) -> int:
+    """Return how much of a model is in the hub cache, in whichever state."""
+    return size_of(hub_cache() / f"models--{name.replace('/', '--')}" / "blobs")
 
 
 def has_cached_dataset(name: str, subset: str | None) -> bool:
@@ -108,19 +134,18 @@ def has_cached_dataset(name: str, subset: str | None) -> bool:
         return False
 
 
-def unreachable_hub() -> str | None:
-    """Try one connection to the hub, or to the proxy that leads there.
-
-    Returns:
-        Which host does not answer, and how; None: it answers.
-    """
-    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        if os.environ.get(name):
-            address = os.environ[name]
-            break
-    url = urlsplit(address if "://" in address else f"http://{address}")
-    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+def hub_problem() -> Problem | None:
+    """Try one connection to the hub, or to the proxy that leads there; None: it answers."""
+    endpoint = _with_scheme(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        url = urlsplit(endpoint)
+        proxies = {} if proxy_bypass(url.hostname or "") else getproxies()
+        proxy = proxies.get(url.scheme) or proxies.get("all")
+        if proxy:
+            url = urlsplit(_with_scheme(proxy))
+        host, port = url.hostname or "", url.port or _PORTS.get(url.scheme, 1080)
+    except ValueError as error:
+        return Problem(f"the address of the hub or of its proxy is none ({error})", True)
 
     def connect() -> None:
         socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
@@ -129,10 +154,14 @@ def unreachable_hub() -> str | None:
         # a thread: looking up the name takes as long as the resolver likes
         start(connect).result(timeout=_CONNECT_SECONDS)
     except TimeoutError:
-        return f"{host}:{port} does not answer within {_CONNECT_SECONDS:.0f} s"
+        return Problem(f"{host}:{port} does not answer within {_CONNECT_SECONDS:.0f} s", False)
     except OSError as error:
-        return f"{host}:{port} cannot be reached ({error.strerror or error})"
+        return Problem(f"{host}:{port} cannot be reached ({error.strerror or error})", True)
     return None
+
+
+def _with_scheme(address: str) -> str:
+    return address if "://" in address else f"http://{address}"
 
 
 def _path(text: str) -> Path:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import site
+import sys
 import sysconfig
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+
+from packaging.version import InvalidVersion, Version
 
 from lora_train.config import Config
 from lora_train.errors import UserError
@@ -20,7 +26,11 @@ _OTHERS = (
     "accelerate", "bitsandbytes", "datasets", "huggingface_hub", "numpy", "pydantic", "rich",
     "safetensors", "tokenizers", "triton", "yaml",
 )  # fmt: skip
-_SITE = {"site-packages", "dist-packages"}
+# where the name to install is not the one to import
+_DISTRIBUTIONS = {"yaml": "PyYAML"}
+# versions of `kernels` that transformers 5.23 uses: this one to below the other
+_KERNELS_TAKEN = (Version("0.18.2"), Version("0.19"))
+_VERSION = re.compile(r"^__version__\b[^=\n]*=\s*['\"]([^'\"]+)", re.MULTILINE)
 
 
 def check_imports(machine: Machine, config: Config) -> list[Finding]:
@@ -37,14 +47,17 @@ def check_imports(machine: Machine, config: Config) -> list[Finding]:
 
 def _check_kernels(config: Config) -> list[Finding]:
     findings = []
-    # Hugging Face's package of that name is imported by transformers; any other breaks it
     folder = _folder_of("kernels")
-    if folder is not None and not _SITE & set(folder.parts):
+    if folder is not None and _installed_version("kernels", [str(folder.parent)]) is None:
+        # transformers takes the first version that it finds, and then the package for its own
+        version = _installed_version("kernels", sys.path) or _written_version(folder)
+        is_taken = version is not None and _is_taken(version)
         findings.append(
             Finding(
-                "imports", "error", f"`import kernels` finds {folder}",
+                "imports", "error" if is_taken else "warning", f"`import kernels` finds {folder}",
                 "transformers takes it for the package `kernels` of Hugging Face, and then loads "
-                "no model",
+                "no model" if is_taken else
+                "transformers imports it, to see whether it is the package of Hugging Face",
                 f"rename {folder}, or "
                 + ("unset PYTHONPATH" if _is_below(folder, _python_path()) else
                    "export PYTHONSAFEPATH=1"),
@@ -63,6 +76,13 @@ def _check_kernels(config: Config) -> list[Finding]:
     return findings
 
 
+def _is_taken(version: str) -> bool:
+    try:
+        return _KERNELS_TAKEN[0] <= Version(version) < _KERNELS_TAKEN[1]
+    except InvalidVersion:
+        return True  # transformers fails on it too
+
+
 def _check_shadows() -> list[Finding]:
     installed = _installed_in()
     user_site = Path(site.getusersitepackages())
@@ -71,6 +91,8 @@ def _check_shadows() -> list[Finding]:
         folder = _folder_of(name)
         # where only the other folder has it, somebody installed it there on purpose
         if folder is None or not (installed / name).is_dir() or _is_below(folder, [installed]):
+            continue
+        if _same_version(name, folder.parent, installed):
             continue
         if _is_below(folder, [user_site]):
             from_user_site.append(name)
@@ -105,8 +127,37 @@ def _folder_of(name: str) -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
+def _same_version(name: str, one: Path, other: Path) -> bool:
+    """Tell whether two folders hold the same version of a package, as far as they say."""
+    versions = [
+        _installed_version(name, [str(parent)]) or _written_version(parent / name)
+        for parent in (one, other)
+    ]
+    return versions[0] is not None and versions[0] == versions[1]
+
+
+def _installed_version(name: str, path: Sequence[str]) -> str | None:
+    """Return the version of a package as its installer wrote it down."""
+    found = metadata.distributions(name=_DISTRIBUTIONS.get(name, name), path=list(path))
+    return next((each.version for each in found), None)
+
+
+def _written_version(folder: Path) -> str | None:
+    """Return the version that a package names itself, without importing it."""
+    for name in ("__init__.py", "version.py", "_version.py"):
+        try:
+            found = _VERSION.search((folder / name).read_text(errors="replace"))
+        except OSError:
+            continue
+        if found is not None:
+            return found[1]
+    return None
+
+
 def _python_path() -> list[Path]:
-    return [Path(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    # an empty part is the current folder
+    text = os.environ.get("PYTHONPATH")
+    return [Path(part) for part in text.split(os.pathsep)] if text else []
 
 
 def _is_below(path: Path, folders: list[Path]) -> bool:

@@ -124,7 +124,8 @@ def _two_processes(name: str) -> tuple[int | None, int]:
         How the deciding one ended and its error number; None: no answer in time.
     """
     command = [sys.executable, "-I", "-S", "-c", _SOURCE, name, _SOURCE]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # unbuffered: a second line that came with the first would be lost to communicate
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)
     assert process.stdout is not None
     # starting an interpreter from a busy file system may take longer than a lock
     process.stdout.readline()

@@ -6,12 +6,15 @@ import dataclasses
 import os
 import re
 import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_train.config import Config
 from lora_train.preflight.deadline import start
-from lora_train.preflight.nvml import Gpu, GpuReport, can_load_libcuda, read_gpus, visible_gpus
+from lora_train.preflight.nvml import Gpu, GpuReport, loaded_cuda, read_gpus, visible_gpus
 
 _NVML_SECONDS = 3.0
 
@@ -26,8 +29,8 @@ _DRIVER_VERSION = re.compile(r"Kernel Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)")
 class Machine:
     """The node that this process is on. The environment variables are the process's own."""
 
-    gpus: GpuReport = GpuReport()
-    """The node's GPUs."""
+    ask_gpus: Callable[[], GpuReport] = GpuReport
+    """Returns the node's GPUs, and may wait for the driver."""
     root: Path = Path("/")
     """Where /proc, /dev and a container's marks are looked for; a test has its own."""
     run_follows: bool = True
@@ -40,9 +43,19 @@ class Machine:
         return self.root / absolute.lstrip("/")
 
     @property
+    def gpus(self) -> GpuReport:
+        """The node's GPUs; waits for the driver's answer."""
+        return self.ask_gpus()
+
+    @property
     def in_job(self) -> bool:
         """Whether Slurm started this."""
         return bool(os.environ.get("SLURM_JOB_ID"))
+
+    @property
+    def is_login_node(self) -> bool:
+        """Whether the run may start on another node than this one."""
+        return not self.run_follows and not self.in_job
 
     @property
     def container(self) -> str | None:
@@ -79,6 +92,10 @@ class Machine:
     def usable_gpus(self) -> list[Gpu]:
         """Return the GPUs that this process may use; none where the user wants the CPU."""
         return [] if self.wants_cpu else visible_gpus(self.gpus.gpus)
+
+    def gpus_of_run(self, config: Config) -> list[Gpu]:
+        """Return those that the processes of the run will take, one each."""
+        return self.usable_gpus()[: self.processes_per_node(config)]
 
     def driver(self) -> str | None:
         """Return the version of the NVIDIA driver of this node, or None."""
@@ -117,8 +134,33 @@ class Machine:
         words = shlex.join(self.words)
         if self.container == "docker":
             return f"docker run {options} IMAGE {words}".strip()
-        image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
-        return f"singularity run {options} {image or 'IMAGE.sif'} {words}".strip()
+        return f"singularity run {options} {_image_file()} {words}".strip()
+
+    def shell_line(
+        self, program: str, words: Sequence[str], variables: Mapping[str, str], options: str
+    ) -> str:
+        """Return the line that starts a program of this installation, such as hf.
+
+        Args:
+            program: its name.
+            words: its arguments.
+            variables: what is set for it.
+            options: what a container must be started with.
+
+        Returns:
+            A line for the shell of the node; in another Docker container than the image's, for the
+            shell of that container.
+        """
+        parts = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+        if self.container == "docker" and self.in_image:
+            parts = ["docker run", *(f"-e {each}" for each in parts), options, "IMAGE"]
+        elif self.container == "apptainer":
+            parts += ["singularity exec", options, _image_file()]
+        return " ".join([*filter(None, parts), shlex.join([self.program(program), *words])])
+
+    def program(self, name: str) -> str:
+        """Return how a program of this installation is called: by path, in the image by name."""
+        return name if self.in_image else str(Path(sys.executable).with_name(name))
 
 
 def this_machine(words: tuple[str, ...], *, run_follows: bool) -> Machine:
@@ -129,19 +171,38 @@ def this_machine(words: tuple[str, ...], *, run_follows: bool) -> Machine:
         run_follows: whether a run starts here and now.
 
     Returns:
-        The machine, with its GPUs.
+        The machine. Its driver is being asked, which only what looks at the GPUs waits for.
     """
-    try:
-        gpus = start(read_gpus).result(timeout=_NVML_SECONDS)
-    except TimeoutError:
-        gpus = GpuReport(problem=f"the driver did not answer within {_NVML_SECONDS:.0f} s")
-    except Exception as error:  # a library that nobody has tried; a run does not need it
-        gpus = GpuReport(problem=f"NVML: {error}")
-    gpus = dataclasses.replace(gpus, has_libcuda=can_load_libcuda())
-    return Machine(gpus, run_follows=run_follows, words=words)
+    return Machine(_ask_driver(), run_follows=run_follows, words=words)
+
+
+def _ask_driver() -> Callable[[], GpuReport]:
+    end = time.monotonic() + _NVML_SECONDS
+    asked, loaded = start(read_gpus), start(loaded_cuda)
+
+    def answer() -> GpuReport:
+        try:
+            report = asked.result(timeout=max(0.0, end - time.monotonic()))
+        except TimeoutError:
+            silent = f"the driver did not answer within {_NVML_SECONDS:.0f} s"
+            report = GpuReport(problem=silent)
+        except Exception as error:  # a library that nobody has tried; a run does not need it
+            report = GpuReport(problem=f"NVML: {error}")
+        try:
+            cuda = loaded.result(timeout=max(0.0, end - time.monotonic()))
+        except (OSError, TimeoutError):
+            return report
+        return dataclasses.replace(report, has_libcuda=True, cuda=cuda)
+
+    return answer
 
 
 def speaks_for_node() -> bool:
     """Whether this is the one process of its node that checks it; the others would say the same."""
     local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     return local_rank == "0"
+
+
+def _image_file() -> str:
+    names = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
+    return shlex.quote(next(filter(None, map(os.environ.get, names)), "IMAGE.sif"))

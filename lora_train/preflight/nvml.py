@@ -52,6 +52,8 @@ class GpuReport:
     """Why there is no list, or what is missing in it."""
     has_libcuda: bool = False
     """Whether this process can load libcuda.so.1, without which nothing runs on a GPU."""
+    cuda: tuple[int, int] | None = None
+    """Newest CUDA that the loaded libcuda.so.1 runs; None: not known."""
 
 
 def read_gpus() -> GpuReport:
@@ -78,27 +80,31 @@ def visible_gpus(gpus: Sequence[Gpu]) -> list[Gpu]:
     """Choose those that CUDA_VISIBLE_DEVICES leaves to this process, as CUDA reads it.
 
     Args:
-        gpus: all of the node, in NVML's order. CUDA's own differs where a node has several models
-            and CUDA_DEVICE_ORDER is not PCI_BUS_ID; such nodes are rare and share a capability.
+        gpus: all of the node, in NVML's order.
 
     Returns:
-        The visible ones; as in CUDA the first word that names none ends the list.
+        The visible ones in CUDA's order; as in CUDA the first word that names none ends the list.
+        One that is divided without an instance for this process is left out beside others.
     """
+    ordered = list(gpus)
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":  # NVML's; CUDA's is fastest first
+        ordered.sort(key=lambda gpu: gpu.capability or (0, 0), reverse=True)
+    numbers = list(dict.fromkeys(gpu.index for gpu in ordered))
+    chosen = ordered
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if text is None:
-        return list(gpus)
-    chosen: list[Gpu] = []
-    for word in text.split(","):
-        gpu = next((gpu for gpu in gpus if _is_named(gpu, word.strip())), None)
-        if gpu is None:
-            break
-        chosen.append(gpu)
-    return chosen
+    if text is not None:
+        chosen = []
+        for word in map(str.strip, text.split(",")):
+            gpu = next((gpu for gpu in ordered if _is_named(gpu, word, numbers)), None)
+            if gpu is None:
+                break
+            chosen.append(gpu)
+    return [gpu for gpu in chosen if not gpu.is_divided] or chosen
 
 
-def _is_named(gpu: Gpu, word: str) -> bool:
+def _is_named(gpu: Gpu, word: str, numbers: Sequence[int]) -> bool:
     if word.isdecimal():
-        return gpu.index == int(word)
+        return numbers[int(word) : int(word) + 1] == [gpu.index]
     if word.startswith("MIG-GPU-"):  # drivers before 470: MIG-GPU-<uuid>/<instance>/<part>
         return gpu.is_instance and word.startswith(f"MIG-{gpu.parent_uuid}/")
     # CUDA takes the beginning of a UUID too
@@ -149,10 +155,18 @@ def _value(ask: Callable[[], T], otherwise: T) -> T:
         return otherwise
 
 
-def can_load_libcuda() -> bool:
-    """Tell whether this process can load the driver's library; nothing in it is called."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+def loaded_cuda() -> tuple[int, int] | None:
+    """Load the driver's library as torch will, and ask what it runs; starts nothing on a GPU.
+
+    Returns:
+        The newest CUDA that it runs; None: it does not say.
+
+    Raises:
+        OSError: libcuda.so.1 cannot be loaded.
+    """
+    version = ctypes.c_int(0)
+    # needs no cuInit; a library for forward compatibility answers for itself, not for the driver
+    ask = getattr(ctypes.CDLL("libcuda.so.1"), "cuDriverGetVersion", None)
+    if ask is None or ask(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10

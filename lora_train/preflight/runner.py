@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lora_train.config import Config
+from lora_train.errors import UserError
 from lora_train.preflight.asset_checks import check_assets
 from lora_train.preflight.caches import check_home
 from lora_train.preflight.deadline import start
@@ -19,6 +22,7 @@ from lora_train.preflight.machine import Machine, speaks_for_node, this_machine
 from lora_train.preflight.processes import check_batch, check_shm
 from lora_train.preflight.report import print_findings
 from lora_train.preflight.storage import check_storage
+from lora_train.run_directory import RunDirectory, is_finished
 
 Check = Callable[[Machine, Config], list[Finding]]
 
@@ -35,7 +39,9 @@ CHECKS: dict[str, Check] = {
     "assets": check_assets,
     "batch": check_batch,
 }
-_SECONDS = 4.0
+# what they find on a login node may be otherwise on the node of a job
+_OF_THIS_NODE = ("gpu", "container", "driver", "toolchain")
+_SECONDS = 5.0
 
 
 def run_checks(machine: Machine, config: Config) -> list[Finding]:
@@ -47,7 +53,7 @@ def run_checks(machine: Machine, config: Config) -> list[Finding]:
 
     Returns:
         Findings, errors first. A check that does not answer is a warning; one that fails itself is
-        skipped, and stops no run.
+        skipped, and stops no run; so is an error that is this node's alone, on a login node.
     """
     end = time.monotonic() + _SECONDS
     started = {
@@ -69,7 +75,16 @@ def run_checks(machine: Machine, config: Config) -> list[Finding]:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             findings.append(Finding(name, "skipped", f"the check itself failed: {reason}"))
+    if machine.is_login_node:
+        findings = [_unless_elsewhere(finding) for finding in findings]
     return errors_first(findings)
+
+
+def _unless_elsewhere(finding: Finding) -> Finding:
+    if finding.level != "error" or finding.check not in _OF_THIS_NODE:
+        return finding
+    seen = f"{finding.seen} (on this node; a job may get another)"
+    return dataclasses.replace(finding, level="skipped", seen=seen)
 
 
 def is_ready(config: Config, words: Sequence[str]) -> bool:
@@ -80,11 +95,24 @@ def is_ready(config: Config, words: Sequence[str]) -> bool:
         words: its command line.
 
     Returns:
-        Whether the run may go on.
+        Whether the run may go on; one that is finished only shows its summary.
     """
-    if not speaks_for_node():
+    if not speaks_for_node() or _is_finished(config):
         return True
     findings = run_checks(this_machine(tuple(words), run_follows=True), config)
     wrong = [finding for finding in findings if finding.level in ("error", "warning")]
     print_findings(wrong, sys.stderr, is_brief=not has_errors(wrong))
     return not has_errors(findings)
+
+
+def _is_finished(config: Config) -> bool:
+    if config.resume.mode == "never":
+        return False
+    directory = RunDirectory(
+        Path(config.log.log_dir).expanduser() / (config.log.name or "run"), None, None
+    )
+    try:
+        summary = directory.read_json("summary.json")
+        return summary is not None and is_finished(config, directory, summary)
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, UserError):
+        return False  # the run says what is wrong with its directory

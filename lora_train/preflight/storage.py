@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,16 @@ from lora_train.config import Config
 from lora_train.model_size import checkpoint_bytes, count_trainable
 from lora_train.preflight.assets import model_config
 from lora_train.preflight.caches import caches_written
-from lora_train.preflight.findings import Finding, in_bytes
-from lora_train.preflight.folders import existing_parent, file_system, free_bytes, free_files
+from lora_train.preflight.findings import Finding, Level, in_bytes
+from lora_train.preflight.folders import (
+    dangling_link,
+    existing_parent,
+    file_system,
+    free_bytes,
+    free_files,
+    room,
+    size_of,
+)
 from lora_train.preflight.machine import Machine
 
 # metrics, logs and trackers of a long run
@@ -41,6 +50,8 @@ class Place:
     """Bytes."""
     num_files: int
     mend: str
+    level: Level = "error"
+    """How bad it is when it cannot be written."""
 
 
 def check_storage(machine: Machine, config: Config) -> list[Finding]:
@@ -51,6 +62,10 @@ def check_storage(machine: Machine, config: Config) -> list[Finding]:
     for place in _places(machine, config):
         folder = existing_parent(place.path)
         try:
+            link = dangling_link(place.path)
+            if link is not None:
+                findings.append(_dangling(machine, place, link))
+                continue
             _write(folder)
             device = folder.stat().st_dev
             num_bytes, num_files = claimed.get(device, (0, 0))
@@ -65,7 +80,7 @@ def check_storage(machine: Machine, config: Config) -> list[Finding]:
         else:
             findings.append(
                 Finding(
-                    "storage", "error",
+                    "storage", place.level,
                     f"{place.purpose} {place.path}: {shortage}",
                     "the run would stop when it is full", place.mend,
                 )
@@ -83,7 +98,7 @@ def _checkpoint_bytes(config: Config) -> int:
 def _places(machine: Machine, config: Config) -> list[Place]:
     run = Path(os.path.expanduser(config.log.log_dir)) / (config.log.name or "run")
     kept = config.log.ckpt.keep_last + 1
-    there = _size_of(run / "checkpoints") if config.resume.mode == "auto" else 0
+    there = size_of(run / "checkpoints") if config.resume.mode == "auto" else 0
     output = Place(
         "run directory",
         run,
@@ -92,17 +107,13 @@ def _places(machine: Machine, config: Config) -> list[Place]:
         "log.log_dir=/path/on/scratch",
     )
     caches = [
-        Place(f"cache {cache.variable}", cache.path, cache.needed, _FILES, cache.mend)
+        Place(
+            f"cache {cache.variable}", cache.path, cache.needed, _FILES, cache.mend,
+            "error" if cache.is_required else "warning",
+        )
         for cache in caches_written(machine, config)
-    ]
+    ]  # fmt: skip
     return [output, *caches]
-
-
-def _size_of(folder: Path) -> int:
-    try:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    except OSError:
-        return 0
 
 
 def _write(folder: Path) -> None:
@@ -115,7 +126,7 @@ def _write(folder: Path) -> None:
 def _shortage(machine: Machine, folder: Path, num_bytes: int, num_files: int) -> str | None:
     free, files = free_bytes(folder), free_files(folder)
     kind = file_system(machine.root, folder)
-    if free < num_bytes:
+    if free is not None and free < num_bytes:
         return f"{in_bytes(free)} free ({kind}), and this run writes {in_bytes(num_bytes)}"
     if files is not None and files < num_files:
         return f"{files} more files can be made ({kind}), and this run makes about {num_files}"
@@ -128,15 +139,15 @@ def _judged_quota(machine: Machine, place: Place, folder: Path) -> Finding:
         refused = _refused(folder, asked)
         if refused is not None:
             return Finding(
-                "storage", "error",
+                "storage", place.level,
                 f"{place.purpose} {place.path}: {in_bytes(asked)} were refused "
-                f"({os.strerror(refused)}), although {in_bytes(free_bytes(folder))} are free",
+                f"({os.strerror(refused)}), although the file system has {room(folder)}",
                 f"a quota is full: this run writes {in_bytes(place.needed)}",
-                f"{place.mend}; `quota -s` or `lfs quota -h -u $USER {folder}` shows the quota",
+                f"{place.mend}; `quota -s` or `lfs quota -h -u $USER "
+                f"{shlex.quote(str(folder))}` shows the quota",
             )  # fmt: skip
-    free = in_bytes(free_bytes(folder))
     needs = f", {in_bytes(place.needed)} needed" if place.needed else ""
-    return Finding("storage", "ok", f"{place.purpose} {place.path}: {free} free{needs}")
+    return Finding("storage", "ok", f"{place.purpose} {place.path}: {room(folder)}{needs}")
 
 
 def _volatile(machine: Machine, place: Place, folder: Path) -> list[Finding]:
@@ -154,7 +165,7 @@ def _volatile(machine: Machine, place: Place, folder: Path) -> list[Finding]:
             "storage", "warning",
             f"run directory {place.path} lies inside the container ({kind})",
             "results and checkpoints are lost when the container ends",
-            machine.run_container(f"{machine.gpu_options} {bound}"),
+            _with_options(machine, bound),
         )
     ]  # fmt: skip
 
@@ -176,12 +187,39 @@ def _refused(folder: Path, num_bytes: int) -> int | None:
 def _unwritable(machine: Machine, place: Place, folder: Path, error: OSError) -> Finding:
     mend = place.mend
     if error.errno == errno.EROFS and machine.container == "apptainer":
-        mend += f", or bind it: {machine.run_container(f'--nv --bind {folder}')}"
+        mend += f", or bind it: {_bound(machine, folder)}"
     full = error.errno in (errno.EDQUOT, errno.ENOSPC)
     return Finding(
         "storage",
-        "error",
+        place.level,
         f"{place.purpose} {place.path} cannot be written: {error.strerror or error} ({folder})",
         "a quota or the disk is full" if full else "the run writes there",
         mend,
     )
+
+
+def _dangling(machine: Machine, place: Place, link: Path) -> Finding:
+    target = link.parent / os.readlink(link)
+    mend = place.mend
+    if machine.container is not None:
+        mend += f", or bind it: {_bound(machine, target)}"
+    return Finding(
+        "storage", place.level,
+        f"{place.purpose} {place.path}: {link} is a link to {target}, which does not exist",
+        "the run writes there; inside a container only bound folders are seen", mend,
+    )  # fmt: skip
+
+
+def _bound(machine: Machine, folder: Path) -> str:
+    """Return the line that starts this run with one more folder of the host."""
+    option = f"-v {shlex.quote(f'{folder}:{folder}')}"
+    if machine.container == "apptainer":
+        option = f"--bind {shlex.quote(str(folder))}"
+    return _with_options(machine, option)
+
+
+def _with_options(machine: Machine, options: str) -> str:
+    # Docker starts nothing with GPUs where there are none
+    if machine.container == "apptainer" or machine.usable_gpus():
+        options = f"{machine.gpu_options} {options}"
+    return machine.run_container(options)

@@ -145,7 +145,8 @@ class TestGrammar:
         assert config.optim.betas == (0.9, 0.95)
 
     @pytest.mark.parametrize(
-        ("text", "count"), [("a100:2", 2), ("4", 4), ("auto", "auto"), ("gpu:1", 1)]
+        ("text", "count"),
+        [("a100:2", 2), ("4", 4), ("auto", "auto"), ("gpu:1", 1), ("1g.10gb:1", 1)],
     )
     def test_devices(self, text: str, count: int | str) -> None:
         assert config_of(f"trainer.devices={text}").trainer.devices == count

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lora_train.preflight.machine import Machine
 _OURS = (
     "SLURM_", "CUDA_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "LORA_", "NEMO_", "TRITON_", "XDG_",
     "APPTAINER_", "SINGULARITY_", "WORLD_SIZE", "LOCAL_", "LD_LIBRARY_PATH", "PYTHONPATH",
-    "http", "all_proxy", "HTTP", "ALL_PROXY", "CC",
+    "http", "all_proxy", "no_proxy", "HTTP", "ALL_PROXY", "NO_PROXY", "CC",
 )  # fmt: skip
 _SOURCES = Path(__file__).parent
 
@@ -108,3 +108,23 @@ def preflight(lora_train: Callable[..., Any]) -> Callable[..., list[dict[str, st
         return found
 
     return preflight
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a tmpfs with the given options; skip where that is not permitted."""
+    points: list[Path] = []
+
+    def mounted(options: str) -> Path:
+        point = tmp_path / f"mount{len(points)}"
+        point.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", point]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
+        points.append(point)
+        return point
+
+    yield mounted
+    for point in points:
+        subprocess.run(["umount", point], check=True)

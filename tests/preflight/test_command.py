@@ -16,7 +16,9 @@ from lora_train.preflight.processes import check_batch, check_shm
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "triton"}
 
 
-def test_all_is_well_on_a_laptop(preflight):
+def test_all_is_well_on_a_laptop(preflight, workplace):
+    for name in ("smollm2-135m-instruct", "us-addresses"):
+        (workplace / ".lora_cache/quickstart" / name / "there").mkdir(parents=True)
     found = preflight()
     assert {each["level"] for each in found} == {"ok"}
     assert {tuple(each) for each in found} == {("check", "level", "seen", "why", "mend")}
@@ -26,7 +28,7 @@ def test_errors_come_first_and_end_with_status_2(lora_train):
     done = lora_train("preflight", "--factory", "llama31_8b", HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert done.stdout.startswith("error: model: meta-llama/Llama-3.1-8B is not in the hub cache")
-    assert "\n  hint: HF_HUB_OFFLINE=0 HF_HOME=" in done.stdout
+    assert "hf download meta-llama/Llama-3.1-8B\n" in done.stdout
     assert "\nok: shm: " in done.stdout
     assert done.stdout.splitlines()[-1].startswith("preflight: 2 errors, ")
     assert done.stderr == ""
@@ -74,6 +76,39 @@ def test_warnings_are_brief_and_the_run_goes_on(monkeypatch, capsys, configured)
     assert capsys.readouterr().err == (
         "warning: home: it is small\n  hint: export HF_HOME=/scratch\n"
     )
+
+
+def test_what_a_login_node_lacks_is_no_error(monkeypatch, configured):
+    def check(machine, config):
+        return [Finding("gpu", "error", "none"), Finding("storage", "error", "full")]
+
+    monkeypatch.setattr(runner, "CHECKS", {"all": check})
+    command = Machine(run_follows=False)
+
+    def levels(machine):
+        return {each.check: each.level for each in runner.run_checks(machine, configured())}
+
+    assert levels(command) == {"storage": "error", "gpu": "skipped"}
+    assert levels(Machine()) == {"storage": "error", "gpu": "error"}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert levels(command) == {"storage": "error", "gpu": "error"}
+
+
+def test_a_finished_run_is_not_checked(monkeypatch, configured, workplace):
+    def check(machine, config):
+        return [Finding("gpu", "error", "none")]
+
+    monkeypatch.setattr(runner, "CHECKS", {"gpu": check})
+    config = configured("trainer.max_steps=20")
+    folder = workplace / "runs/quickstart"
+    folder.mkdir(parents=True)
+    assert not runner.is_ready(config, [])
+    (folder / "summary.json").write_text('{"steps": 20}')
+    assert runner.is_ready(config, [])
+    assert not runner.is_ready(configured("trainer.max_steps=21"), [])
+    assert not runner.is_ready(configured("trainer.max_steps=20", "resume.mode=never"), [])
+    (folder / "summary.json").write_text("{")
+    assert not runner.is_ready(config, [])
 
 
 def test_one_process_of_a_node_checks_it(monkeypatch, configured):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,7 @@ from lora_train.preflight import driver
 from lora_train.preflight.driver import TorchBuild, check_driver
 from lora_train.preflight.gpu import check_container, check_gpu
 from lora_train.preflight.nvml import Gpu, GpuReport, visible_gpus
+from lora_train.preflight.runner import run_checks as run_every_check
 
 A100 = Gpu(0, "GPU-aaaa", "NVIDIA A100", (8, 0), 80 * 2**30, 0)
 OTHER = Gpu(1, "GPU-bbbb", "NVIDIA A100", (8, 0), 80 * 2**30, 0)
@@ -17,9 +21,15 @@ PART = Gpu(2, "MIG-cccc", "NVIDIA A100 MIG 1g.10gb", (8, 0), 10 * 2**30, 0, True
 CUDA_12, CUDA_13 = TorchBuild("2.13.0+cu126", (12, 6)), TorchBuild("2.13.0+cu130", (13, 0))
 
 
-def with_gpus(machine, *gpus, driver="550.54.15", has_libcuda=True, problem=None, **changes):
-    report = GpuReport(gpus, driver, problem, has_libcuda)
-    return dataclasses.replace(machine, gpus=report, **changes)
+def with_gpus(
+    machine, *gpus, driver="550.54.15", has_libcuda=True, problem=None, cuda=None, **changes
+):
+    report = GpuReport(gpus, driver, problem, has_libcuda, cuda)
+    return dataclasses.replace(machine, ask_gpus=lambda: report, **changes)
+
+
+def run_checks(machine, config, name):
+    return [each for each in run_every_check(machine, config) if each.check == name]
 
 
 def levels(findings):
@@ -45,6 +55,24 @@ def test_the_gpus_of_a_process(monkeypatch, text, expected):
     assert visible_gpus([A100, OTHER, PART]) == expected
 
 
+def test_the_order_of_the_gpus_is_cudas(machine, configured, monkeypatch):
+    display = dataclasses.replace(A100, uuid="GPU-dddd", capability=(7, 5))
+    assert visible_gpus([display, OTHER]) == [OTHER, display]
+    assert levels(check_gpu(with_gpus(machine, display, OTHER), configured())) == ["ok"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert visible_gpus([display, OTHER]) == [display]
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert visible_gpus([display, OTHER]) == [OTHER]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus([display, OTHER]) == [display, OTHER]
+
+
+def test_a_divided_gpu_beside_others_is_not_used():
+    divided = dataclasses.replace(A100, is_divided=True)
+    assert visible_gpus([divided, OTHER]) == [OTHER]
+    assert visible_gpus([divided]) == [divided]
+
+
 def test_an_old_gpu_is_refused_unless_asked_for(machine, configured):
     old = with_gpus(machine, dataclasses.replace(A100, name="Tesla V100", capability=(7, 0)))
     [finding] = check_gpu(old, configured())
@@ -58,8 +86,14 @@ def test_an_old_gpu_is_refused_unless_asked_for(machine, configured):
 
 def test_only_the_gpus_that_will_be_used_are_judged(machine, configured, monkeypatch):
     busy = dataclasses.replace(OTHER, used=3 * 2**30)
-    both = with_gpus(machine, A100, busy)
-    assert levels(check_gpu(both, configured())) == ["ok"]
+    both = with_gpus(machine, A100, busy, words=("log.name=my run",))
+    _, idle = check_gpu(both, configured())
+    assert (idle.level, idle.seen) == ("warning", "1 of 2 GPUs stay idle")
+    assert "torchrun --no-python --nproc-per-node 2 " in idle.mend
+    assert idle.mend.endswith("lora-train 'log.name=my run'")
+    # those that are too old, and parts of one, would be of no use
+    old = dataclasses.replace(busy, capability=(7, 5))
+    assert levels(check_gpu(with_gpus(machine, A100, old, PART), configured())) == ["ok"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     [finding] = check_gpu(both, configured())
     assert finding.level == "warning"
@@ -77,12 +111,24 @@ def test_no_gpu(machine, configured, monkeypatch):
     assert "#SBATCH --gpus=1" in finding.mend
     # `lora-train preflight` on a login node, and in a job
     command = dataclasses.replace(machine, run_follows=False)
-    assert levels(check_gpu(command, large)) == ["skipped"]
+    assert levels(run_checks(command, large, "gpu")) == ["skipped"]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert levels(check_gpu(command, large)) == ["error"]
+    assert levels(run_checks(command, large, "gpu")) == ["error"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert levels(check_gpu(machine, large)) == ["ok"]
     assert levels(check_gpu(machine, configured("kernels.fused=required"))) == ["error"]
+
+
+def test_a_gpu_that_nvml_does_not_see(machine, configured, monkeypatch):
+    """WSL, a container without the utility capability: CUDA works, NVML does not."""
+    unseen = with_gpus(machine, driver=None, problem="NVML: Shared Library Not Found")
+    assert levels(check_gpu(unseen, configured())) == ["ok"]
+    for words in (("--factory", "llama31_8b"), ("kernels.fused=required",)):
+        [finding] = check_gpu(unseen, configured(*words))
+        assert finding.level == "warning"
+        assert "could not be judged: NVML: Shared Library Not Found" in finding.seen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert levels(check_gpu(unseen, configured("kernels.fused=required"))) == ["error"]
 
 
 @pytest.mark.parametrize("variable", ["SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", None])
@@ -140,6 +186,8 @@ def test_docker_without_gpus(machine, root, configured):
     [finding] = check_container(machine, configured())
     assert finding.level == "warning"  # perhaps the user wants none of it
     assert "docker run --gpus all" in finding.mend
+    for words in (("--factory", "llama31_8b"), ("kernels.fused=required",)):
+        assert levels(check_container(machine, configured(*words))) == ["error"]
     (root / "dev").mkdir()
     (root / "dev/nvidia0").touch()
     assert levels(check_container(machine, configured())) == ["error"]
@@ -185,18 +233,48 @@ def test_driver_version_without_nvml(machine, root, configured, monkeypatch):
         assert (finding.level, finding.seen[:16]) == ("error", "driver 470.57.02")
 
 
-def test_compat_libraries_run_an_old_driver(machine, configured, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "cuda", "level", "words"),
+    [
+        ("550.54.15", (13, 0), "ok", ""),
+        ("550.54.15", (12, 4), "error", "make setup TORCH_CUDA=cu126"),
+        ("470.57.02", (11, 4), "error", "ask for a node with driver 580"),
+        # the compat library is older than the driver
+        ("580.65.06", (12, 6), "error", "out of LD_LIBRARY_PATH"),
+        # WSL: NVML says nothing
+        (None, (12, 6), "error", "driver of unknown version with a libcuda.so.1 for CUDA 12.6"),
+    ],
+)
+def test_the_loaded_library_decides(machine, configured, monkeypatch, version, cuda, level, words):
     monkeypatch.setattr(driver, "torch_build", lambda: CUDA_13)
-    compat = tmp_path / "cuda/compat"
-    compat.mkdir(parents=True)
-    (compat / "libcuda.so.1").touch()
-    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{compat}")
-    old = with_gpus(machine, A100, driver="550.54.15")
-    assert levels(check_driver(old, configured())) == ["ok"]
-    (tmp_path / "host").mkdir()
-    (tmp_path / "host/libcuda.so.1").touch()
-    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path / 'host'}:{compat}")  # the other is loaded
-    assert levels(check_driver(old, configured())) == ["error"]
+    [finding] = check_driver(with_gpus(machine, A100, driver=version, cuda=cuda), configured())
+    assert finding.level == level
+    assert words in f"{finding.seen} {finding.mend}"
+
+
+def test_what_the_loaded_library_says(built, tmp_path):
+    """Asked as a real one is, without cuInit; an old one may not know the question."""
+    source = "int cuDriverGetVersion(int *version) { *version = 12040; return 0; }"
+    code = "from lora_train.preflight.nvml import loaded_cuda; print(loaded_cuda())"
+    for text, expected in ((source, "(12, 4)"), ("", "None")):
+        command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", tmp_path / "libcuda.so.1"]
+        subprocess.run(command, input=text, text=True, check=True)
+        said = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert said.strip() == expected
+
+
+def test_a_cpu_build_is_named_on_a_login_node(machine, configured, monkeypatch):
+    monkeypatch.setattr(driver, "torch_build", lambda: TorchBuild("2.13.0+cpu", None))
+    command = dataclasses.replace(machine, run_follows=False)
+    large = configured("--factory", "llama31_8b")
+    [finding] = check_driver(command, large)
+    assert (finding.level, finding.mend) == ("warning", "make setup TORCH_CUDA=cu126")
+    assert check_driver(command, configured()) == []
+    assert check_driver(machine, large) == []
 
 
 def test_a_new_gpu_and_an_old_cuda(machine, configured, monkeypatch):
@@ -220,7 +298,7 @@ def the(found, check):
 
 
 def test_through_nvml(built, preflight):
-    libraries = {"LD_LIBRARY_PATH": str(built)}
+    libraries = {"LD_LIBRARY_PATH": str(built), "SLURM_JOB_ID": "7"}
     [old] = the(preflight(FAKE_GPUS="7.0,0,-1", **libraries), "gpu")
     assert old["seen"] == "Tesla V100 (GPU 0) has compute capability 7.0"
     [busy] = the(preflight(FAKE_GPUS="8.0,5,-1", **libraries), "gpu")

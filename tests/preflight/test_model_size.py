@@ -98,6 +98,8 @@ def test_what_cannot_be_told():
         ("/models/llama-70b/", None),
         ("models/mixtral-8x7B", None),
         ("org/model-4bit", None),
+        ("stabilityai/stablelm-2-1_6b", None),
+        ("org/llama_8b", 8_000_000_000),
         ("org/distil-7B-to-1B", None),
         ("gpt2", None),
     ],

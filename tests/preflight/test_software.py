@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ GPUS = GpuReport((Gpu(0, "GPU-0", "NVIDIA A100", (8, 0), 0, 0),), "550.54.15", N
 @pytest.fixture
 def gpu_machine(machine, built, monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", str(built))
-    return dataclasses.replace(machine, gpus=GPUS)
+    return dataclasses.replace(machine, ask_gpus=lambda: GPUS)
 
 
 def test_all_is_there(gpu_machine, configured):
@@ -39,11 +41,30 @@ def test_no_compiler(gpu_machine, configured, monkeypatch, tmp_path):
     unknown = configured("model.path=org/unknown")
     assert [each.level for each in check_toolchain(gpu_machine, unknown)] == ["warning"]
     # compiled before
-    helper = tmp_path / "triton/KEY/cuda_utils.cpython-311-x86_64-linux-gnu.so"
-    helper.parent.mkdir(parents=True)
-    helper.touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    (tmp_path / "triton/KEY").mkdir(parents=True)
+    (tmp_path / "triton/KEY/cuda_utils.of-another-python.so").touch()
+    assert [each.level for each in check_toolchain(gpu_machine, unknown)] == ["warning"]
+    (tmp_path / f"triton/KEY/cuda_utils{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
     assert [each.level for each in check_toolchain(gpu_machine, unknown)] == ["ok"]
+
+
+def test_dora_needs_no_compiler(gpu_machine, configured, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
+    words = (f"model.path={tmp_path / 'model'}",)
+    assert [each.level for each in check_toolchain(gpu_machine, configured(*words))] == ["error"]
+    dora = configured(*words, "peft.use_dora=true")
+    assert [each.level for each in check_toolchain(gpu_machine, dora)] == ["warning"]
+
+
+def test_a_cache_that_nothing_can_be_loaded_from(gpu_machine, configured, monkeypatch, mounted):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(mounted("noexec") / "triton"))
+    [finding] = check_toolchain(gpu_machine, configured("kernels.fused=required"))
+    assert finding.level == "error"
+    assert finding.seen.endswith("is on a file system that is mounted noexec")
+    assert finding.mend.startswith("export TRITON_CACHE_DIR=")
 
 
 def test_no_headers(gpu_machine, configured, monkeypatch, tmp_path):
@@ -81,6 +102,19 @@ def test_packages_from_python_path(preflight, tmp_path):
     assert finding["seen"] == f"torch would be imported from PYTHONPATH={tmp_path / 'modules'}"
 
 
+def test_the_same_packages_from_python_path(preflight, tmp_path):
+    folder = package(tmp_path / "modules", "torch")
+    (folder / "version.py").write_text(f"__version__ = '{metadata.version('torch')}'\n")
+    [finding] = imports(preflight, PYTHONPATH=str(tmp_path / "modules"))
+    assert finding["level"] == "ok"
+
+
+def test_the_current_folder_in_python_path(preflight, workplace):
+    package(workplace, "kernels")
+    [finding] = imports(preflight, PYTHONPATH="/nowhere:")
+    assert finding["mend"].endswith("or unset PYTHONPATH")
+
+
 def test_other_packages_from_python_path(preflight, tmp_path):
     package(tmp_path / "modules", "tokenizers")
     package(tmp_path / "modules", "unrelated")
@@ -101,8 +135,12 @@ def test_the_user_site(preflight, tmp_path, monkeypatch):
 def test_a_folder_named_kernels(preflight, tmp_path):
     folder = package(tmp_path / "code", "kernels")
     [finding] = imports(preflight, PYTHONPATH=str(tmp_path / "code"))
-    assert finding["level"] == "error"
+    assert finding["level"] == "warning"
     assert finding["seen"] == f"`import kernels` finds {folder}"
+    for version, level in (("0.18.1", "warning"), ("0.18.2", "error"), ("0.19", "warning")):
+        (folder / "__init__.py").write_text(f'__version__ = "{version}"\n')
+        [finding] = imports(preflight, PYTHONPATH=str(tmp_path / "code"))
+        assert finding["level"] == level, version
     # without a file in it transformers does not see it
     (folder / "__init__.py").unlink()
     assert [each["level"] for each in imports(preflight, PYTHONPATH=str(tmp_path / "code"))] == [

@@ -7,12 +7,12 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from lora_train.model_size import checkpoint_bytes
+from lora_train.preflight import folders
 from lora_train.preflight.caches import caches_written, check_home
 from lora_train.preflight.folders import existing_parent, file_system
 from lora_train.preflight.nvml import Gpu, GpuReport
@@ -37,26 +37,6 @@ def model(workplace):
     (workplace / "model/config.json").write_text(json.dumps(LLAMA_1B))
     (workplace / "model/model.safetensors").touch()
     return f"model.path={workplace / 'model'}"
-
-
-@pytest.fixture
-def mounted(tmp_path):
-    """Mount a tmpfs with the given options; skip where that is not permitted."""
-    points = []
-
-    def mounted(options):
-        point = tmp_path / f"mount{len(points)}"
-        point.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", point]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
-        points.append(point)
-        return point
-
-    yield mounted
-    for point in points:
-        subprocess.run(["umount", point], check=True)
 
 
 def wrong(findings):
@@ -152,11 +132,50 @@ def test_a_read_only_file_system(machine, configured, model, mounted, monkeypatc
 def test_a_folder_that_cannot_be(machine, configured, model, workplace, monkeypatch):
     (workplace / "file").touch()
     monkeypatch.setenv("LORA_CACHE_DIR", "/proc/cache")
-    config = configured(model, "log.log_dir=file/runs")
+    config = configured(model, "data.path=chats.jsonl", "log.log_dir=file/runs")
     first, second = wrong(check_storage(machine, config))
     assert first.seen.startswith("run directory file/runs/quickstart cannot be written: ")
     assert second.seen.startswith("cache LORA_CACHE_DIR /proc/cache cannot be written: ")
     assert second.mend == "export LORA_CACHE_DIR=/path/on/scratch"
+    # prepared data alone goes there: the run goes on without
+    assert (first.level, second.level) == ("error", "warning")
+    [must_be_made] = wrong(check_storage(machine, configured()))
+    assert must_be_made.level == "error"
+
+
+def test_a_gguf_file_is_converted_into_the_cache(machine, configured, monkeypatch, tmp_path):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("LORA_CACHE_DIR", str(cache))
+
+    def cache_of(name):
+        with (tmp_path / name).open("wb") as sparse:
+            sparse.truncate(1000)
+        [found, *_] = caches_written(machine, configured(f"model.path={tmp_path / name}"))
+        return found.needed
+
+    data = cache_of("model-8B-Q4_K_M.gguf") - 16 * 10**9  # its name tells the parameters
+    assert cache_of("model.gguf") - data == 4000
+    assert cache_of("model.Q8_0.gguf") - data == 2000
+    assert cache_of("model-f16.gguf") - data == 1000
+    (cache / "gguf/hash").mkdir(parents=True)  # perhaps this one
+    assert cache_of("model.gguf") == data
+
+
+def test_links_that_lead_nowhere(machine, configured, model, workplace, monkeypatch):
+    (workplace / "runs").symlink_to("/nonexistent/my scratch")
+    [finding] = wrong(check_storage(machine, configured(model)))
+    assert finding.level == "error"
+    assert "runs is a link to /nonexistent/my scratch, which does not exist" in finding.seen
+    monkeypatch.setenv("APPTAINER_CONTAINER", "lora.sif")
+    [finding] = wrong(check_storage(machine, configured(model)))
+    assert "--bind '/nonexistent/my scratch' lora.sif" in finding.mend
+
+
+def test_a_file_system_that_does_not_tell_its_room(machine, configured, model, monkeypatch):
+    monkeypatch.setattr(folders.os, "statvfs", lambda path: os.statvfs_result((0,) * 10))
+    findings = check_storage(machine, configured(model))
+    assert wrong(findings) == []
+    assert "free space not known" in findings[0].seen
 
 
 @pytest.mark.parametrize(
@@ -203,7 +222,7 @@ def test_locks_that_work(preflight, workplace):
 
 def test_caches_in_a_small_home(machine, configured, monkeypatch, tmp_path):
     gpus = GpuReport((Gpu(0, "GPU-0", "NVIDIA A100", (8, 0), 0, 0),), "550.54.15", None, True)
-    machine = dataclasses.replace(machine, gpus=gpus)
+    machine = dataclasses.replace(machine, ask_gpus=lambda: gpus)
     config = configured("--factory", "llama31_8b")
     assert check_home(machine, config) == []  # a laptop's home is no matter
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -241,6 +260,14 @@ def test_the_images_caches_follow_one_variable(machine, root, configured, monkey
 def test_no_home(preflight, home):
     found = preflight(HOME=home)
     assert not [each for each in found if each["level"] in ("error", "skipped")]
+
+
+def test_squad_without_a_home_folder(machine, configured, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert caches_written(machine, configured("data.path=squad"))
 
 
 def test_file_systems(root, workplace):

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_train import checkpoint as checkpoint_module
+from lora_train import run_directory
 from lora_train.cli import main
 from lora_train.config import Config
 from lora_train.errors import RunError, UserError
@@ -428,6 +429,30 @@ class TestRunDirectory:
         assert "is complete; --resume never trains a new one beside it" in output.err
         assert "8 steps in" in output.out
         assert times() == before
+
+    def test_complete_run_is_shown_on_a_full_disk(
+        self,
+        config_of: Callable[..., Config],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def full(dir: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        assert run(config_of("--max-steps", "2"), argv=[]) == 0
+        capsys.readouterr()
+        monkeypatch.setattr(run_directory.tempfile, "TemporaryFile", full)
+        assert run(config_of("--max-steps", "2"), argv=[]) == 0
+        assert "2 steps in" in capsys.readouterr().out
+        with pytest.raises(UserError, match="No space left on device"):
+            run(config_of("log.name=other"), argv=[])
+
+    def test_link_that_leads_nowhere(
+        self, config_of: Callable[..., Config], tmp_path: Path
+    ) -> None:
+        (tmp_path / "runs").symlink_to("/nonexistent/scratch")
+        with pytest.raises(UserError, match="runs is a link to /nonexistent/scratch, which does"):
+            run(config_of(), argv=[])
 
     def test_never_starts_over_beside_it(
         self, config_of: Callable[..., Config], tmp_path: Path
