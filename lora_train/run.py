@@ -433,10 +433,11 @@ def _check_room(directory: RunDirectory, trainer: Trainer) -> None:
     trainable = sum(parameter.numel() for parameter in trainer.trainable.values())
     there = sum(path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
     needed = max(0, checkpoint_bytes(trainable, trainer.config) - there)
-    free = shutil.disk_usage(directory.path).free
-    if free < needed:
+    room = shutil.disk_usage(directory.path)
+    # some network file systems tell no sizes at all
+    if room.total and room.free < needed:
         raise UserError(
-            f"{directory.path}: {free / 2**20:,.0f} MiB free, the checkpoints take "
+            f"{directory.path}: {room.free / 2**20:,.0f} MiB free, the checkpoints take "
             f"{needed / 2**20:,.0f} MiB",
             hint="log.log_dir=FOLDER on a larger file system, or log.ckpt.keep_last=1",
         )
