@@ -119,7 +119,8 @@ def test_any_lengths(make: Make, lengths: list[int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("window", [None, 1, 100, 200])
+# a window of 1 leaves gradients that are nothing but rounding: test_window_of_one_token_and_of_all
+@pytest.mark.parametrize("window", [None, 2, 100, 200])
 def test_blocks_of_the_launch_tables(make: Make, head_dim: int, window: int | None) -> None:
     lengths = [300, 1, 128, 0, 129, 1000, 64]
     inputs = make(sum(lengths), 8, 2, head_dim)

@@ -19,10 +19,11 @@ from lora_train.fusion import check_device, fuse_model
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
-# as if there were a GPU
+# as if there were a GPU; where there is one, it is hidden: the interpreter works on the CPU
 INTERPRETED = """
 import os
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 from lora_train import fusion
 fusion._is_capable = lambda device: True
 """
