@@ -204,7 +204,8 @@ def test_what_it_tells_of_itself(sif: Sif) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, text=True)
-    assert f"org.opencontainers.image.revision: {commit.strip()}" in result.stdout
+    if "LORA_TEST_SIF" not in os.environ:  # that one may be of another commit
+        assert f"org.opencontainers.image.revision: {commit.strip()}" in result.stdout
     assert "org.opencontainers.image.version: " in result.stdout
     assert "transformers==5.23.0" in result.stdout
     help_text = subprocess.run(
