@@ -68,7 +68,8 @@ def check_container(machine: Machine, config: Config) -> list[Finding]:
             "error" if machine.gpu_sign or needs_gpu else "warning",
             f"there is a GPU ({sign}), but libcuda.so.1 is not in this container",
             f"without the driver's library nothing runs on the GPU; {_ON_CPU}. "
-            f"Was {options} given? Then the driver of this node is broken: #SBATCH --exclude={os.uname().nodename}",
+            f"Was {options} given? Then this node's driver is broken: "
+            f"#SBATCH --exclude={os.uname().nodename}",
             mend,
         )
     ]
