@@ -148,8 +148,11 @@ def test_every_recipe_has_its_models_dimensions() -> None:
 def test_an_environment_that_no_run_has_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from triton import knobs
+
     monkeypatch.setenv(variable, value)
+    # set for the process: Triton may have been told otherwise than by its variable
+    monkeypatch.setattr(knobs.runtime, "interpret", variable == "TRITON_INTERPRET")
     with pytest.raises(UserError, match=variable):
         precompile.precompile(tmp_path, [])
     assert not list(tmp_path.iterdir())

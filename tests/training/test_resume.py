@@ -577,7 +577,8 @@ class TestRefusals:
         import shutil
         from types import SimpleNamespace
 
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        room = SimpleNamespace(total=2000, free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
         with pytest.raises(UserError, match="0 MiB free, the checkpoints take"):
             run(config_of(), argv=[])
 
