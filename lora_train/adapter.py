@@ -40,6 +40,7 @@ from lora_train.adapter_init import (
 )
 from lora_train.config import Config
 from lora_train.errors import UserError
+from lora_train.model_size import NEMO_NAMES
 from lora_train.model_source import resolve_model
 
 logger = logging.getLogger(__name__)
@@ -52,14 +53,6 @@ _PEFT_NOISE = (
     "lora with eva initialization used with low_cpu_mem_usage=False",
     "input of type <class 'int'> could not be moved",
 )
-
-# NeMo's names of the linear layers -> the names in Hugging Face models
-_NEMO_NAMES = {
-    "linear_qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-    "linear_proj": ("o_proj",),
-    "linear_fc1": ("gate_proj", "up_proj", "gate_up_proj"),
-    "linear_fc2": ("down_proj",),
-}
 
 
 @dataclass(frozen=True)
@@ -310,7 +303,7 @@ def _resolve(names: Iterable[str], module_names: list[str], key: str) -> list[st
     """Return the names with NeMo's replaced, each of which matches a module."""
     resolved: list[str] = []
     for name in names:
-        candidates = _NEMO_NAMES.get(name, (name,))
+        candidates = NEMO_NAMES.get(name, (name,))
         found = [candidate for candidate in candidates if _matches(candidate, module_names)]
         if not found:
             raise _no_match(name, module_names, key)
@@ -324,7 +317,7 @@ def _resolve_pattern(
     """Return the pattern with NeMo's names replaced; each name, a regular expression, matches."""
     resolved: dict[str, int | float] = {}
     for name, value in pattern.items():
-        candidates = _NEMO_NAMES.get(name, (name,))
+        candidates = NEMO_NAMES.get(name, (name,))
         # as PEFT matches them
         found = [
             candidate

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from lora_train.errors import UserError
+from lora_train.gpu_sign import gpu_sign
 
 logger = logging.getLogger(__name__)
 
@@ -176,15 +177,7 @@ def _refuse_unused_gpu() -> None:
 
 def _sign_of_gpu() -> str | None:
     """Return what says that this process should have a GPU, or None."""
-    # the user's word: no GPU
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return None
-    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
-        value = os.environ.get(name, "")
-        # 0 is the first GPU in the other two, a count in the last
-        if value not in ("", "-1", "NoDevFiles") and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
-            return f"{name}={value}"
-    return str(_NVIDIA_DEVICE) if _NVIDIA_DEVICE.exists() else None
+    return gpu_sign(_NVIDIA_DEVICE)
 
 
 def _native_bf16_feature() -> str | None:

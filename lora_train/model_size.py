@@ -14,13 +14,13 @@ from lora_train.config import Config, PeftConfig
 # built of q, k, v, o, gate, up and down projections and RMSNorm, and nothing else
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
-# NeMo's names of the linear layers
-_NEMO_NAMES = {
-    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+NEMO_NAMES = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
     "linear_proj": ("o_proj",),
-    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc1": ("gate_proj", "up_proj", "gate_up_proj"),
     "linear_fc2": ("down_proj",),
 }
+"""NeMo's names of the linear layers -> those of them that a model may have."""
 # 8B, 0.5B, 135m as a part of a name; not the 4b of 4bit, nor the 6b of 1_6b
 _SIZE_IN_NAME = re.compile(
     r"(?<![A-Za-z0-9.])(?<!\d_)(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE
@@ -117,10 +117,14 @@ def count_trainable(config: Mapping[str, Any], peft: PeftConfig) -> int | None:
         return None
     targets: list[str] | None = None
     if peft.target_modules != "all-linear":
-        targets = [each for name in peft.target_modules for each in _NEMO_NAMES.get(name, (name,))]
         known = [*shapes, "lm_head"]
-        if not all(any(_ends_with(name, target) for name in known) for target in targets):
-            return None
+        targets = []
+        for module in peft.target_modules:
+            candidates = NEMO_NAMES.get(module, (module,))
+            found = [each for each in candidates if any(_ends_with(name, each) for name in known)]
+            if not found:
+                return None
+            targets += found
     total = 0
     for layer in range(_num_layers(config)):
         for name, (inputs, outputs) in shapes.items():
@@ -168,7 +172,7 @@ def _ends_with(name: str, target: str) -> bool:
 
 def _rank(name: str, peft: PeftConfig) -> int:
     for pattern, rank in peft.rank_pattern.items():
-        for each in _NEMO_NAMES.get(pattern, (pattern,)):
+        for each in NEMO_NAMES.get(pattern, (pattern,)):
             # as PEFT matches it
             if re.match(rf"(.*\.)?({each})$", name):
                 return rank

@@ -1,4 +1,4 @@
-"""The cache folder, and how a folder appears in it: whole or not at all."""
+"""The cache folder; how a folder appears, whole or not at all; links that lead nowhere."""
 
 import contextlib
 import os
@@ -20,6 +20,24 @@ def cache_dir() -> Path:
     """
     configured = os.environ.get("LORA_CACHE_DIR", "")
     return Path(configured or ".lora_cache").expanduser().absolute()
+
+
+def dangling_link(path: Path) -> Path | None:
+    """Return the link on the way to a folder that leads nowhere, or None.
+
+    Args:
+        path: a folder that need not exist.
+
+    Returns:
+        The nearest one, going up.
+
+    Raises:
+        OSError: a folder on the way may not be entered.
+    """
+    path = path.absolute()
+    return next(
+        (each for each in (path, *path.parents) if each.is_symlink() and not each.exists()), None
+    )
 
 
 @contextlib.contextmanager

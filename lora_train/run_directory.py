@@ -27,6 +27,7 @@ from lora_train.checkpoint import Checkpoint, newest_complete
 from lora_train.config import Config
 from lora_train.config_loading import flatten, read_yaml, to_tree, to_yaml
 from lora_train.errors import UserError
+from lora_train.paths import dangling_link
 
 log = logging.getLogger(__name__)
 
@@ -234,14 +235,14 @@ def _first_unused(path: Path) -> Path:
 def _check_writable(path: Path) -> None:
     folder = path
     try:
+        if (link := dangling_link(path)) is not None:
+            raise UserError(
+                f"cannot write the run directory {path}: {link} is a link to "
+                f"{os.readlink(link)}, which does not exist",
+                hint="inside a container only bound folders are seen: --bind it, or "
+                "log.log_dir=FOLDER names another",
+            )
         while not folder.exists():
-            if folder.is_symlink():
-                raise UserError(
-                    f"cannot write the run directory {path}: {folder} is a link to "
-                    f"{os.readlink(folder)}, which does not exist",
-                    hint="inside a container only bound folders are seen: --bind it, or "
-                    "log.log_dir=FOLDER names another",
-                )
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * 4096)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval", "test")
 _SPLIT_OF_STEM = {"train": "train", "training": "train", **{n: n for n in _VALIDATION_NAMES}}
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -138,7 +138,7 @@ def _chosen(splits: Mapping[str, Split], name: str, key: str, where: str) -> Spl
 
 
 def _looks_local(reference: str) -> bool:
-    if reference.lower().endswith(_ENDINGS) or not _HUB_NAME.fullmatch(reference):
+    if reference.lower().endswith(_ENDINGS) or not HUB_NAME.fullmatch(reference):
         return True
     parent, _, _ = reference.rpartition("/")
     return bool(parent) and Path(parent).is_dir()

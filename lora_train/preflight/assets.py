@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lora_train import quickstart
 from lora_train.config import DataConfig, ModelConfig
 from lora_train.data.nemo_squad import nemo_squad_folder
+from lora_train.data.sources import HUB_NAME
 from lora_train.model_size import count_parameters, parameters_by_name
 from lora_train.paths import cache_dir
 from lora_train.preflight.hub import (
@@ -26,13 +27,10 @@ from lora_train.preflight.hub import (
 
 # as model_source and data.sources have it
 _MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DATA_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LFS_POINTER = b"version https://git-lfs"
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 _NEMO_SQUAD = "rajpurkar/squad"
-# what the embedded model takes while it is made, and once it is there
-_EMBEDDED_BYTES = 600 * 10**6
 _EMBEDDED_DATA_BYTES = 20 * 10**6
 # bits of a weight in a file such as model.Q4_K_M.gguf
 _QUANTIZATION = re.compile(r"(?:^|[-._])(?:I?Q|B?F)(\d+)", re.IGNORECASE)
@@ -70,7 +68,7 @@ def find_model(config: ModelConfig) -> Asset:
     """
     reference = config.path
     if reference.startswith("embedded:"):
-        return _find_embedded(reference, _EMBEDDED_BYTES)
+        return _find_embedded(reference, quickstart.MODEL_BYTES)
     path = Path(os.path.expanduser(reference))
     if path.exists():
         is_gguf = path.is_file() and path.suffix == ".gguf"
@@ -107,7 +105,7 @@ def find_data(config: DataConfig) -> Asset:
             if folder is not None and (folder / "training.jsonl").is_file():
                 return Asset("hub", _NEMO_SQUAD, folder)
         return _find_dataset(_NEMO_SQUAD, None)
-    if _is_path(reference, _DATA_NAME) or reference.lower().endswith(_DATA_ENDINGS):
+    if _is_path(reference, HUB_NAME) or reference.lower().endswith(_DATA_ENDINGS):
         return Asset("local", reference)
     return _find_dataset(reference, config.subset)
 

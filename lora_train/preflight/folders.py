@@ -63,24 +63,6 @@ def file_system(root: Path, path: Path) -> str:
     return found
 
 
-def dangling_link(path: Path) -> Path | None:
-    """Return the link on the way to a folder that leads nowhere, or None.
-
-    Args:
-        path: a folder that need not exist.
-
-    Returns:
-        The nearest one, going up.
-
-    Raises:
-        OSError: a folder on the way may not be entered.
-    """
-    path = path.absolute()
-    return next(
-        (each for each in (path, *path.parents) if each.is_symlink() and not each.exists()), None
-    )
-
-
 def size_of(folder: Path) -> int:
     """Return the bytes of the files in a folder; 0 where they cannot be listed."""
     try:

@@ -12,16 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_train import gpu_sign
 from lora_train.config import Config
 from lora_train.preflight.deadline import start
 from lora_train.preflight.nvml import Gpu, GpuReport, loaded_cuda, read_gpus, visible_gpus
 
 _NVML_SECONDS = 3.0
 
-# SLURM_GPUS_ON_NODE is a count, the others are lists of numbers, in which 0 is the first GPU
-_GPU_VARIABLES = (
-    "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE",
-)  # fmt: skip
 _DRIVER_VERSION = re.compile(r"Kernel Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)")
 
 
@@ -74,20 +71,12 @@ class Machine:
     @property
     def wants_cpu(self) -> bool:
         """Whether the user hides the GPUs."""
-        return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        return gpu_sign.wants_cpu()
 
     @property
     def gpu_sign(self) -> str | None:
-        """Return what says that this process should have a GPU, or None; as `device.py` has it."""
-        if self.wants_cpu:
-            return None
-        for name in _GPU_VARIABLES:
-            value = os.environ.get(name, "")
-            is_none = value in ("", "-1", "NoDevFiles")
-            if not is_none and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
-                return f"{name}={value}"
-        device = self.file("/dev/nvidia0")
-        return str(device) if device.exists() else None
+        """What says that this process should have a GPU, or None."""
+        return gpu_sign.gpu_sign(self.file("/dev/nvidia0"))
 
     def usable_gpus(self) -> list[Gpu]:
         """Return the GPUs that this process may use; none where the user wants the CPU."""

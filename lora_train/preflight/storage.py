@@ -16,11 +16,11 @@ from pathlib import Path
 
 from lora_train.config import Config
 from lora_train.model_size import checkpoint_bytes, count_trainable
+from lora_train.paths import dangling_link
 from lora_train.preflight.assets import model_config
 from lora_train.preflight.caches import caches_written
 from lora_train.preflight.findings import Finding, Level, in_bytes
 from lora_train.preflight.folders import (
-    dangling_link,
     existing_parent,
     file_system,
     free_bytes,
