@@ -25,7 +25,7 @@ from lora_train.preflight.hub import (
     missing_weights,
 )
 
-# as model_source and data.sources have it
+# as model_source has it, which imports transformers
 _MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LFS_POINTER = b"version https://git-lfs"
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
