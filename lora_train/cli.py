@@ -18,7 +18,7 @@ from types import FrameType
 import lora_train
 from lora_train import exit_status
 from lora_train.config import Config
-from lora_train.errors import LoraTrainError
+from lora_train.errors import EndedByAnother, LoraTrainError
 
 _BOOLEAN_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _OVERRIDE = re.compile(r"^([\w.\[\]]+)\s*([-+*/|&]?=)(.*)$", re.DOTALL)
@@ -155,6 +155,8 @@ def _prepare_imports() -> None:
     # whatever else runs: 5 steps of the quickstart on 2 cores beside one busy process took over
     # 100 s, with this count 28 s; alone 17 s and 16 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # the C++ stack of a lost connection would bury what the process that failed has said
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _stop_on_signals() -> None:
@@ -169,33 +171,43 @@ def _stop_on_signals() -> None:
 
 
 def _train(words: Sequence[str]) -> int:
+    from lora_train.batch_split import gradient_accumulation_steps
     from lora_train.config_loading import DEFAULT_FACTORY, to_yaml
-    from lora_train.distributed import check_devices, gradient_accumulation_steps
     from lora_train.metrics import check_trackers
+    from lora_train.ranks import find_ranks, planned_world_size
 
     parsed = parse_command_line(words)
     config = parsed.resolve()
-    check_devices(config)
-    gradient_accumulation_steps(config)
     check_trackers(config)
     if parsed.dry_run:
+        gradient_accumulation_steps(config, planned_world_size(config))
         print(to_yaml(config), end="")
         return exit_status.OK
-    if parsed.factory is None and parsed.config_file is None:
+
+    from lora_train.preflight.machine import this_machine
+    from lora_train.preflight.runner import is_ready
+
+    machine = this_machine(tuple(words), run_follows=True)
+    ranks = find_ranks(config, machine.count_devices)
+    gradient_accumulation_steps(config, ranks.world_size)
+    if parsed.factory is None and parsed.config_file is None and ranks.speaks_for_run:
         print(
             f"no --factory given: running the embedded `{DEFAULT_FACTORY}`\n"
             "a large model: lora-train --factory llama31_8b (lora-train --help lists the others)",
             file=sys.stderr,
         )
-
-    from lora_train.preflight.runner import is_ready
-
-    if not is_ready(config, words):
+    ready = is_ready(config, machine, ranks)
+    if not ready and ranks.is_alone:
         return exit_status.USAGE
+    if ready and ranks.num_to_start:
+        from lora_train.launcher import launch
+
+        return launch(ranks, words)
 
     from lora_train.run import run  # imports torch, only now
 
-    return run(config, argv=["lora-train", *words])
+    # the processes on other nodes must hear of it
+    return run(config, argv=["lora-train", *words], ranks=ranks, is_refused=not ready)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,6 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lora_train.commands import preflight
 
             return preflight.run(words[1:])
+        if words[:1] == ["sbatch"]:
+            from lora_train.commands import sbatch
+
+            return sbatch.run(words[1:])
         if words[:1] == ["nemo"]:
             from lora_train.commands import nemo
 
@@ -234,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"lora-train {lora_train.__version__}")
             return exit_status.OK
         return _train(words)
+    except EndedByAnother as error:
+        return error.exit_status
     except LoraTrainError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:

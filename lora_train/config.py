@@ -167,9 +167,11 @@ class TrainerConfig:
     max_epochs: PositiveFloat = 1.0
     """Passes over the training examples, in whole steps. Set, it replaces a recipe's max_steps."""
     devices: PositiveInt | Literal["auto"] = "auto"
-    """GPUs per node, such as 2 or a100:2. auto: those that this process was started for."""
-    num_nodes: PositiveInt = 1
-    """Nodes of the job."""
+    """GPUs per node, such as 2 or a100:2. auto: those that the job has, with a process for each."""
+    num_nodes: PositiveInt | Literal["auto"] = "auto"
+    """Nodes of the job. auto: those that Slurm started this on."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """The frozen base: ddp: whole on every GPU; fsdp2: each GPU holds a part of every layer."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the model. auto: bf16 where the device computes it natively, else fp32."""
     gradient_clip_val: PositiveFloat | None = 1.0
@@ -250,6 +252,8 @@ class ResumeConfig:
 
     mode: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint. never: start over in a new run directory."""
+    requeue: bool = False
+    """Queue the Slurm job again when its time ends or it is preempted, and go on from there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from lora_train.errors import UserError
-from lora_train.gpu_sign import gpu_sign
+from lora_train.gpu_sign import gpu_sign, wants_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def select_device(local_rank: int = 0) -> torch.device:
         UserError: the process has no GPU of its own although others on the node have, or torch
             cannot use the GPU that the node or the job has.
     """
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() and not wants_cpu() else 0
     if num_gpus == 0:
         _refuse_unused_gpu()
         return torch.device("cpu")
@@ -171,7 +171,7 @@ def _refuse_unused_gpu() -> None:
         )
     raise UserError(
         f"there is a GPU ({sign}), but {found}",
-        hint=f"{mend}; to use the CPU, set CUDA_VISIBLE_DEVICES= (to nothing)",
+        hint=f"{mend}; to use the CPU, set ACCELERATE_USE_CPU=true",
     )
 
 

@@ -30,3 +30,15 @@ class UserError(LoraTrainError, ValueError):
 
 class RunError(LoraTrainError, RuntimeError):
     """A run that cannot go on (NaN loss, full disk). The last good checkpoint stays."""
+
+
+class EndedByAnother(LoraTrainError):
+    """The end of a process because another one of the run failed, which has said why.
+
+    Args:
+        status: exit status of that one.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__("another process of the run failed")
+        self.exit_status = status

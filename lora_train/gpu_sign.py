@@ -12,8 +12,12 @@ _VARIABLES = (
 
 
 def wants_cpu() -> bool:
-    """Whether the user hides the GPUs."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    """Whether the user hides the GPUs, or has accelerate's variable say so.
+
+    Slurm sets CUDA_VISIBLE_DEVICES itself in each task, so in a job the other one is what counts.
+    """
+    is_asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y")
+    return is_asked or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 def gpu_sign(nvidia_device: Path) -> str | None:

@@ -10,15 +10,13 @@ from lora_train.config import Config
 from lora_train.preflight.assets import num_parameters
 from lora_train.preflight.findings import Finding, in_bytes
 from lora_train.preflight.machine import Machine
-from lora_train.preflight.nvml import Gpu
+from lora_train.preflight.nvml import OLDEST, Gpu
 
-# Ampere, the first GPUs with bf16 matrix units; the kernels are compiled for nothing older
-_OLDEST = (8, 0)
 # the driver itself keeps a few hundred MiB
 _USED_BYTES = 2**30
 # a larger model takes hours a step on a CPU
 _CPU_PARAMETERS = 1_500_000_000
-_ON_CPU = "CUDA_VISIBLE_DEVICES= (set to nothing) runs on the CPU"
+_ON_CPU = "ACCELERATE_USE_CPU=true runs on the CPU"
 _NEWER = (
     "#SBATCH --gres=gpu:a100:1 or #SBATCH --constraint=a100 "
     "(`sinfo -o '%G %f'` lists what there is)"
@@ -42,7 +40,7 @@ def check_gpu(machine: Machine, config: Config) -> list[Finding]:
             )
         )  # fmt: skip
     if used:
-        return findings + _idle(machine, len(used))
+        return findings + _idle(machine, config, len(used))
     if left_out_by_container(machine):
         return []  # `container` says so
     return [_no_gpu(machine, config)]
@@ -93,7 +91,7 @@ def _judge(gpu: Gpu, config: Config) -> list[Finding]:
                 "#SBATCH --gres=gpu:1g.10gb:1 with an instance that `sinfo -o '%G'` lists",
             )
         ]  # fmt: skip
-    if gpu.capability is not None and gpu.capability < _OLDEST:
+    if gpu.capability is not None and gpu.capability < OLDEST:
         old = f"{gpu} has compute capability {gpu.capability[0]}.{gpu.capability[1]}"
         as_asked = config.trainer.precision == "fp32" and config.kernels.fused == "off"
         findings.append(
@@ -136,23 +134,24 @@ def _entrypoint_ran(machine: Machine, kind: str) -> Finding:
     )
 
 
-def _idle(machine: Machine, num_used: int) -> list[Finding]:
-    """Warn of GPUs that no process was started for; parts of one are no help to each other."""
+def _idle(machine: Machine, config: Config, num_used: int) -> list[Finding]:
+    """Warn of GPUs that no process will take; parts of one are no help to each other."""
     idle = [
         gpu
         for gpu in machine.usable_gpus()[num_used:]
-        if not gpu.is_instance and (gpu.capability or _OLDEST) >= _OLDEST
+        if not gpu.is_instance and (gpu.capability or OLDEST) >= OLDEST
     ]
-    if not idle or machine.is_login_node:
+    if not idle or machine.is_login_node or config.trainer.devices != "auto":
         return []
-    num_gpus = num_used + len(idle)
-    program = machine.program("lora-train")
-    words = ["--no-python", "--nproc-per-node", str(num_gpus), program, *machine.words]
+    num_gpus, data = num_used + len(idle), config.data
+    batch = -(-data.global_batch_size // (data.micro_batch_size * num_gpus))
     return [
         Finding(
             "gpu", "warning", f"{len(idle)} of {num_gpus} GPUs stay idle",
-            "a process takes one GPU",
-            machine.shell_line("torchrun", words, {}, machine.gpu_options),
+            f"{data.global_batch_size} sequences a step do not divide by {num_gpus} processes, or "
+            "as few tasks were started",
+            f"data.global_batch_size={batch * data.micro_batch_size * num_gpus}, or "
+            f"#SBATCH --gpus-per-node={num_used}",
         )
     ]  # fmt: skip
 
@@ -172,7 +171,7 @@ def _no_gpu(machine: Machine, config: Config) -> Finding:
         seen, why = "no GPU, and kernels.fused=required", "the kernels need an NVIDIA GPU"
         mend = "#SBATCH --gpus=1, or kernels.fused=auto"
     elif machine.wants_cpu:
-        return Finding("gpu", "ok", "CPU, as CUDA_VISIBLE_DEVICES says")
+        return Finding("gpu", "ok", "CPU, as the environment says")
     elif is_large(config):
         size = num_parameters(config.model) or 0
         seen = f"no GPU, and the model has {size / 1e9:.1f} B parameters"

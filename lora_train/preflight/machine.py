@@ -14,8 +14,10 @@ from pathlib import Path
 
 from lora_train import gpu_sign
 from lora_train.config import Config
+from lora_train.errors import UserError
 from lora_train.preflight.deadline import start
-from lora_train.preflight.nvml import Gpu, GpuReport, loaded_cuda, read_gpus, visible_gpus
+from lora_train.preflight.nvml import OLDEST, Gpu, GpuReport, loaded_cuda, read_gpus, visible_gpus
+from lora_train.ranks import find_ranks
 
 _NVML_SECONDS = 3.0
 
@@ -96,15 +98,35 @@ class Machine:
             return None
         return found[1] if found else None
 
+    def count_devices(self) -> int:
+        """Count the GPUs that processes of a run can take here, one each."""
+        usable = self.usable_gpus()
+        if usable:
+            if any(gpu.is_instance for gpu in usable):
+                return 1  # NCCL takes no two parts of one GPU
+            young = [gpu for gpu in usable if (gpu.capability or OLDEST) >= OLDEST]
+            return self._granted(len(young or usable))
+        words = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        named = [word for word in words if word.strip() not in ("", "-1", "NoDevFiles")]
+        return 1 if any(word.startswith("MIG-") for word in named) else len(named)
+
+    def _granted(self, num_seen: int) -> int:
+        """How many of the GPUs that are seen are this job's."""
+        granted = os.environ.get("SLURM_GPUS_ON_NODE", "")
+        if not self.in_job or os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+            return num_seen
+        # a cluster that does not hide the others' from a job
+        return min(num_seen, int(granted) if granted.isdecimal() else 1)
+
     def processes_per_node(self, config: Config) -> int:
         """Count the processes of the run on this node; at least 1."""
-        for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
-            # the latter is such as 4(x2): 4 on each of 2 nodes
-            count = os.environ.get(name, "").partition("(")[0]
-            if count.isdecimal() and int(count) > 0:
-                return int(count)
         asked = config.trainer.devices
-        return asked if not self.run_follows and asked != "auto" else 1
+        if self.is_login_node:
+            return 1 if asked == "auto" else asked
+        try:
+            return find_ranks(config, self.count_devices).local_world_size
+        except UserError:
+            return 1  # the check of the processes says what is wrong
 
     @property
     def gpu_options(self) -> str:
@@ -184,12 +206,6 @@ def _ask_driver() -> Callable[[], GpuReport]:
         return dataclasses.replace(report, has_libcuda=True, cuda=cuda)
 
     return answer
-
-
-def speaks_for_node() -> bool:
-    """Whether this is the one process of its node that checks it; the others would say the same."""
-    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-    return local_rank == "0"
 
 
 def _image_file() -> str:

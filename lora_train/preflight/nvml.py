@@ -12,6 +12,9 @@ import pynvml  # type: ignore[import-untyped]
 
 T = TypeVar("T")
 
+OLDEST = (8, 0)
+"""Ampere, the first GPUs with bf16 matrix units; the kernels are compiled for nothing older."""
+
 
 @dataclass(frozen=True)
 class Gpu:

@@ -1,34 +1,54 @@
-"""Whether the batch fits the processes of the run, and whether these can share memory."""
+"""The processes of the run: whether the job can start them, and what they share."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 
+from lora_train.batch_split import gradient_accumulation_steps
 from lora_train.config import Config
-from lora_train.distributed import check_devices, gradient_accumulation_steps
 from lora_train.errors import UserError
 from lora_train.preflight.findings import Finding, in_bytes
 from lora_train.preflight.machine import Machine
+from lora_train.ranks import find_ranks, planned_world_size
 
 # Docker gives 64 MiB; NCCL takes tens of MiB for each pair of processes
 _SHM_BYTES = 2**30
 
 
-def check_batch(machine: Machine, config: Config) -> list[Finding]:
-    """Divide the global batch over the processes, in a rehearsal over those that are asked for."""
-    asked = config.trainer.devices
-    rehearsed = None
-    if not machine.run_follows and asked != "auto" and not os.environ.get("WORLD_SIZE"):
-        rehearsed = asked * config.trainer.num_nodes
+def check_ranks(machine: Machine, config: Config) -> list[Finding]:
+    """Judge the shape of the job: which processes it starts, and with which GPUs."""
+    if machine.is_login_node:
+        num_processes = planned_world_size(config)
+        return [Finding("processes", "ok", f"{_count(num_processes)}, as the configuration says")]
     try:
-        if rehearsed is None:
-            check_devices(config)
-            steps = gradient_accumulation_steps(config)
-        else:
-            with _announced(rehearsed):
-                steps = gradient_accumulation_steps(config)
+        ranks = find_ranks(config, machine.count_devices)
+    except UserError as error:
+        return [
+            Finding(
+                "processes", "error", error.message, "every process needs a GPU of its own, and "
+                "all nodes as many", error.hint or "",
+            )
+        ]  # fmt: skip
+    if ranks.warning is not None:
+        seen, _, mend = ranks.warning.partition(": ")
+        return [Finding("processes", "warning", seen, "the GPUs cost the same when idle", mend)]
+    return [
+        Finding("processes", "ok", f"{_count(ranks.world_size)}, {ranks.local_world_size} here")
+    ]
+
+
+def check_batch(machine: Machine, config: Config) -> list[Finding]:
+    """Divide the global batch over the processes, on a login node over those asked for."""
+    try:
+        num_processes = (
+            planned_world_size(config)
+            if machine.is_login_node
+            else find_ranks(config, machine.count_devices).world_size
+        )
+    except UserError:
+        return []  # `processes` says so
+    try:
+        steps = gradient_accumulation_steps(config, num_processes)
     except UserError as error:
         return [
             Finding(
@@ -37,13 +57,12 @@ def check_batch(machine: Machine, config: Config) -> list[Finding]:
             )
         ]  # fmt: skip
     data = config.data
-    on = f" on {rehearsed} processes" if rehearsed is not None else ""
     return [
         Finding(
             "batch",
             "ok",
             f"{data.global_batch_size} sequences a step: micro-batches of "
-            f"{data.micro_batch_size}, {steps} accumulated{on}",
+            f"{data.micro_batch_size}, {steps} accumulated on {_count(num_processes)}",
         )
     ]
 
@@ -70,11 +89,5 @@ def check_shm(machine: Machine, config: Config) -> list[Finding]:
     ]  # fmt: skip
 
 
-@contextlib.contextmanager
-def _announced(num_processes: int) -> Iterator[None]:
-    """Announce processes as torchrun would; no run follows a rehearsal."""
-    os.environ["WORLD_SIZE"] = str(num_processes)
-    try:
-        yield
-    finally:
-        del os.environ["WORLD_SIZE"]
+def _count(num_processes: int) -> str:
+    return f"{num_processes} process{'es' if num_processes > 1 else ''}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from lora_train.config import Config
@@ -18,10 +18,11 @@ from lora_train.preflight.findings import Finding, errors_first, has_errors
 from lora_train.preflight.gpu import check_container, check_gpu
 from lora_train.preflight.installation import check_imports
 from lora_train.preflight.locks import check_locks
-from lora_train.preflight.machine import Machine, speaks_for_node, this_machine
-from lora_train.preflight.processes import check_batch, check_shm
+from lora_train.preflight.machine import Machine
+from lora_train.preflight.processes import check_batch, check_ranks, check_shm
 from lora_train.preflight.report import print_findings
 from lora_train.preflight.storage import check_storage
+from lora_train.ranks import Ranks
 from lora_train.run_directory import RunDirectory, is_finished
 
 Check = Callable[[Machine, Config], list[Finding]]
@@ -35,6 +36,7 @@ CHECKS: dict[str, Check] = {
     "home": check_home,
     "storage": check_storage,
     "locks": check_locks,
+    "processes": check_ranks,
     "shm": check_shm,
     "assets": check_assets,
     "batch": check_batch,
@@ -87,19 +89,20 @@ def _unless_elsewhere(finding: Finding) -> Finding:
     return dataclasses.replace(finding, level="skipped", seen=seen)
 
 
-def is_ready(config: Config, words: Sequence[str]) -> bool:
+def is_ready(config: Config, machine: Machine, ranks: Ranks) -> bool:
     """Check the machine before a run; print what is wrong to stderr.
 
     Args:
         config: the run.
-        words: its command line.
+        machine: this node.
+        ranks: the place of this process in the run; one of each node checks it.
 
     Returns:
         Whether the run may go on; one that is finished only shows its summary.
     """
-    if not speaks_for_node() or _is_finished(config):
+    if not ranks.speaks_for_node or _is_finished(config):
         return True
-    findings = run_checks(this_machine(tuple(words), run_follows=True), config)
+    findings = run_checks(machine, config)
     wrong = [finding for finding in findings if finding.level in ("error", "warning")]
     print_findings(wrong, sys.stderr, is_brief=not has_errors(wrong))
     return not has_errors(findings)

@@ -81,7 +81,7 @@ def no_cuda(monkeypatch, tmp_path):
     return tmp_path / "nvidia0"
 
 
-TO_THE_CPU = "; to use the CPU, set CUDA_VISIBLE_DEVICES= (to nothing)"
+TO_THE_CPU = "; to use the CPU, set ACCELERATE_USE_CPU=true"
 
 
 def test_cpu_build_on_a_gpu_node_is_refused(monkeypatch, no_cuda):

@@ -10,8 +10,9 @@ import pytest
 
 from lora_train.preflight import runner
 from lora_train.preflight.findings import Finding
-from lora_train.preflight.machine import Machine, speaks_for_node
-from lora_train.preflight.processes import check_batch, check_shm
+from lora_train.preflight.machine import Machine
+from lora_train.preflight.processes import check_batch, check_ranks, check_shm
+from lora_train.ranks import Ranks
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "triton"}
 
@@ -72,7 +73,7 @@ def test_warnings_are_brief_and_the_run_goes_on(monkeypatch, capsys, configured)
         ]
 
     monkeypatch.setattr(runner, "CHECKS", {"home": check})
-    assert runner.is_ready(configured(), [])
+    assert runner.is_ready(configured(), Machine(), Ranks())
     assert capsys.readouterr().err == (
         "warning: home: it is small\n  hint: export HF_HOME=/scratch\n"
     )
@@ -102,13 +103,15 @@ def test_a_finished_run_is_not_checked(monkeypatch, configured, workplace):
     config = configured("trainer.max_steps=20")
     folder = workplace / "runs/quickstart"
     folder.mkdir(parents=True)
-    assert not runner.is_ready(config, [])
+    assert not runner.is_ready(config, Machine(), Ranks())
     (folder / "summary.json").write_text('{"steps": 20}')
-    assert runner.is_ready(config, [])
-    assert not runner.is_ready(configured("trainer.max_steps=21"), [])
-    assert not runner.is_ready(configured("trainer.max_steps=20", "resume.mode=never"), [])
+    assert runner.is_ready(config, Machine(), Ranks())
+    assert not runner.is_ready(configured("trainer.max_steps=21"), Machine(), Ranks())
+    assert not runner.is_ready(
+        configured("trainer.max_steps=20", "resume.mode=never"), Machine(), Ranks()
+    )
     (folder / "summary.json").write_text("{")
-    assert not runner.is_ready(config, [])
+    assert not runner.is_ready(config, Machine(), Ranks())
 
 
 def test_one_process_of_a_node_checks_it(monkeypatch, configured):
@@ -116,19 +119,14 @@ def test_one_process_of_a_node_checks_it(monkeypatch, configured):
         return [Finding("gpu", "error", "none")]
 
     monkeypatch.setattr(runner, "CHECKS", {"gpu": check})
-    for local_rank, slurm, speaks in (
-        (None, None, True),
-        ("0", "3", True),
-        (None, "0", True),
-        ("1", None, False),
-        (None, "1", False),
-    ):
-        for name, value in (("LOCAL_RANK", local_rank), ("SLURM_LOCALID", slurm)):
-            monkeypatch.delenv(name, raising=False)
-            if value is not None:
-                monkeypatch.setenv(name, value)
-        assert speaks_for_node() == speaks
-        assert runner.is_ready(configured(), []) == (not speaks)
+    def is_ready(**place):
+        return runner.is_ready(configured(), Machine(), Ranks(world_size=8, **place))
+
+    assert not is_ready()
+    assert not is_ready(global_rank=4, num_to_start=4)  # the second node, before the start
+    assert is_ready(global_rank=5, local_rank=1)
+    monkeypatch.setenv("LORA_LAUNCHER", "7")  # its parent has looked around
+    assert is_ready()
 
 
 def test_a_check_that_hangs_or_fails_stops_no_run(monkeypatch, machine, configured):
@@ -156,16 +154,36 @@ def test_the_batch_of_a_rehearsal_is_divided_over_the_devices_asked_for(configur
     assert finding.mend == "data.global_batch_size=15 or 18"
     [finding] = check_batch(command, configured(*words[:2], "trainer.devices=4"))
     assert finding.seen == "16 sequences a step: micro-batches of 1, 4 accumulated on 4 processes"
-    # before a run the processes are those that were started
+    # in a run the processes are those that it starts, or that were started
     [finding] = check_batch(Machine(), configured(*words))
-    assert "this run was started with 1" in finding.seen
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert [each.level for each in check_batch(Machine(), configured(*words[:2]))] == ["ok"]
+    assert finding.level == "error"
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 4), ("MASTER_PORT", 9)):
+        monkeypatch.setenv(name, str(value))
+    [finding] = check_batch(Machine(), configured(*words[:2]))
+    assert finding.seen.endswith("4 accumulated on 4 processes")
+
+
+def test_the_shape_of_the_job(configured, monkeypatch):
+    assert check_ranks(Machine(), configured())[0].seen == "1 process, 1 here"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for name, value in (
+        ("JOB_ID", 7), ("STEP_NUM_TASKS", 3), ("STEP_TASKS_PER_NODE", 3), ("GPUS_ON_NODE", 2)
+    ):  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    [finding] = check_ranks(Machine(), configured())
+    assert finding.level == "error"
+    assert "3 tasks on" in finding.seen
+    assert "#SBATCH --ntasks-per-node=2" in finding.mend
+    assert check_batch(Machine(), configured()) == []
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    [finding] = check_ranks(Machine(), configured("data.global_batch_size=16"))
+    assert (finding.level, "srun" in finding.mend) == ("warning", True)
 
 
 def test_shared_memory(machine, root, configured, monkeypatch):
     assert [each.level for each in check_shm(machine, configured())] == ["ok"]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert [each.level for each in check_shm(machine, configured())] == ["skipped"]
     (root / "dev/shm").mkdir(parents=True)
     monkeypatch.setattr("lora_train.preflight.processes._SHM_BYTES", 2**60)
@@ -178,10 +196,9 @@ def test_shared_memory(machine, root, configured, monkeypatch):
     ("variables", "words", "run_follows", "expected"),
     [
         ({}, (), True, 1),
-        ({"LOCAL_WORLD_SIZE": "4"}, (), True, 4),
-        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, (), True, 4),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, (), True, 2),
         ({}, ("trainer.devices=a100:2",), False, 2),
-        ({}, ("trainer.devices=2",), True, 1),
+        ({}, ("trainer.devices=2",), True, 2),
     ],
 )
 def test_processes_of_a_node(

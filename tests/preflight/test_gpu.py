@@ -86,11 +86,11 @@ def test_an_old_gpu_is_refused_unless_asked_for(machine, configured):
 
 def test_only_the_gpus_that_will_be_used_are_judged(machine, configured, monkeypatch):
     busy = dataclasses.replace(OTHER, used=3 * 2**30)
-    both = with_gpus(machine, A100, busy, words=("log.name=my run",))
-    _, idle = check_gpu(both, configured())
+    both = with_gpus(machine, A100, busy)
+    _, idle = check_gpu(both, configured("data.global_batch_size=3"))
     assert (idle.level, idle.seen) == ("warning", "1 of 2 GPUs stay idle")
-    assert "torchrun --no-python --nproc-per-node 2 " in idle.mend
-    assert idle.mend.endswith("lora-train 'log.name=my run'")
+    assert idle.mend == "data.global_batch_size=4, or #SBATCH --gpus-per-node=1"
+    assert levels(check_gpu(both, configured("trainer.devices=1"))) == ["ok"]
     # those that are too old, and parts of one, would be of no use
     old = dataclasses.replace(busy, capability=(7, 5))
     assert levels(check_gpu(with_gpus(machine, A100, old, PART), configured())) == ["ok"]
@@ -99,7 +99,6 @@ def test_only_the_gpus_that_will_be_used_are_judged(machine, configured, monkeyp
     assert finding.level == "warning"
     assert "3.0 GiB of 80.0 GiB are in use already" in finding.seen
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert levels(check_gpu(both, configured())) == ["ok", "warning"]
 
 

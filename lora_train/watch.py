@@ -1,0 +1,225 @@
+"""Ends all processes of a run soon after one of them failed, was killed, or hangs.
+
+Left alone, the others would wait for it in a collective operation until that one's time limit. Each
+process writes a sign of life into the store and looks whether someone announced the end; process 0,
+which holds the store, looks at all signs. A thread does it, so it also works while the main thread
+waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistNetworkError, DistStoreError, Store
+
+from lora_train import exit_status
+
+_BEAT_SECONDS = 1.0
+# Silence of a process that is dead or stopped: longer than a busy node or a hiccup of the network.
+# Before the first step a process may be silent while it loads a library from a slow file system.
+_SILENCE_SECONDS = 25.0
+_SILENCE_AT_START_SECONDS = 180.0
+# How long processes wait for one that still gives signs of life, but does not come to the sum of
+# the step's gradients: at least so long, and so many times the longest step before.
+_STUCK_SECONDS = 300.0
+_STUCK_FIRST_SECONDS = 1800.0
+_STUCK_STEPS = 20
+# what a checkpoint that is being written gets, and what the others get to read the message
+_SAVE_SECONDS = 15.0
+_FAREWELL_SECONDS = 5.0
+
+
+class Watch:
+    """The sign of life of one process, and its eye on the others.
+
+    Args:
+        store: a connection of its own to the store of all processes.
+        rank: of this process.
+        hosts: of every process.
+    """
+
+    def __init__(self, store: Store, rank: int, hosts: list[str]) -> None:
+        self._store = store
+        self._rank = rank
+        self._hosts = hosts
+        self._others = [other for other in range(len(hosts)) if other != rank]
+        self._beats = 0
+        self._sums = 0
+        self._is_waiting = False
+        self._longest_step = 0.0
+        self._last_sum = 0.0
+        self._states: dict[int, tuple[int, bool]] = {}
+        self._seen: dict[int, tuple[Any, float]] = {}
+        self._not_saving = threading.Event()
+        self._not_saving.set()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._last_answer = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._check_answers, name="watch of the store", daemon=True).start()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Mark that the main thread waits for what all processes must come to in each step."""
+        self._sums += 1
+        self._is_waiting = True
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+            now = time.monotonic()
+            if self._last_sum:
+                self._longest_step = max(self._longest_step, now - self._last_sum)
+            self._last_sum = now
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Mark that a checkpoint is being written."""
+        self._not_saving.clear()
+        try:
+            yield
+        finally:
+            self._not_saving.set()
+
+    def announce(self, status: int, message: str, hint: str | None) -> None:
+        """Tell all the others that the run ends here, and why; waits a while for them to read it.
+
+        Args:
+            status: exit status for all.
+            message: what went wrong, without the place.
+            hint: how to go on.
+        """
+        self._stopped.set()
+        self._thread.join(_SILENCE_SECONDS)
+        with contextlib.suppress(DistNetworkError, DistStoreError):
+            self._publish(self._rank, status, message, hint)
+            self._say_farewell()
+
+    def wait_for_end(self) -> None:
+        """Wait until a process that failed could have said so, or its silence is noticed."""
+        self._thread.join(2 * self._silence)
+
+    def stop(self) -> None:
+        """Stop watching at the good end of a run, once all processes are there."""
+        self._stopped.set()
+        self._thread.join(_SILENCE_SECONDS)
+        with contextlib.suppress(DistNetworkError, DistStoreError):
+            self._say_farewell()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.wait(_BEAT_SECONDS):
+                self._beat()
+        except (DistNetworkError, DistStoreError):
+            if not self._stopped.is_set():
+                self._end(self._gone(0, "is gone"), has_store=False)
+
+    @property
+    def _silence(self) -> float:
+        return _SILENCE_SECONDS if self._sums else _SILENCE_AT_START_SECONDS
+
+    def _check_answers(self) -> None:
+        """End the run when the store's process is stopped: a request to it may wait for ever."""
+        while not self._stopped.wait(_BEAT_SECONDS):
+            silence = time.monotonic() - self._last_answer
+            if silence > self._silence + _BEAT_SECONDS:
+                seen = f"has not answered for {silence:.0f} s: killed or stopped"
+                self._end(self._gone(0, seen), has_store=False)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        beat = json.dumps([self._beats, self._sums, self._is_waiting])
+        self._store.set(f"beat/{self._rank}", beat)
+        # the store answers, or this raises
+        self._store.wait([f"beat/{self._rank}"], timedelta(seconds=self._silence))
+        self._last_answer = time.monotonic()
+        if self._store.check(["end"]):
+            self._end(json.loads(self._store.get("end")))
+        now = time.monotonic()
+        # all look at process 0, which looks at all: the store may be torchrun's
+        for rank in self._others if self._rank == 0 else [0]:
+            self._look_at(rank, now)
+        if self._rank == 0:
+            self._look_for_stuck(now)
+
+    def _look_at(self, rank: int, now: float) -> None:
+        """End the run when a process gives no sign of life any more."""
+        key = f"beat/{rank}"
+        beat: Any = [0, 0, False]
+        if self._store.check([key]):
+            beat = json.loads(self._store.get(key))
+        self._states[rank] = (beat[1], beat[2])
+        limit = self._silence
+        if self._is_unchanged(rank, beat[0], now, limit):
+            seen = f"has given no sign of life for {limit:.0f} s: killed or stopped"
+            self._end_all(self._gone(rank, seen))
+
+    def _look_for_stuck(self, now: float) -> None:
+        """End the run when the others wait too long for one."""
+        self._states[self._rank] = (self._sums, self._is_waiting)
+        furthest = max(self._states.values())
+        limit = max(_STUCK_SECONDS, _STUCK_STEPS * self._longest_step)
+        if not self._longest_step:
+            limit = _STUCK_FIRST_SECONDS
+        for rank, state in self._states.items():
+            # ~rank: another key than that of its signs of life
+            is_stuck = self._is_unchanged(~rank, state, now, limit)
+            if is_stuck and furthest[1] and state != furthest:
+                seen = f"has not come to where the others wait for it, for {limit:.0f} s: it hangs"
+                self._end_all(self._gone(rank, seen))
+
+    def _is_unchanged(self, key: int, value: Any, now: float, limit: float) -> bool:
+        if key not in self._seen or self._seen[key][0] != value:
+            self._seen[key] = (value, now)
+        return now - self._seen[key][1] > limit
+
+    def _gone(self, rank: int, seen: str) -> dict[str, Any]:
+        return {
+            "rank": rank,
+            "status": exit_status.FAILED,
+            "message": seen,
+            "hint": "the same command goes on from the newest checkpoint, if there is one; "
+            f"if it is this node again: #SBATCH --exclude={self._hosts[rank]}",
+        }
+
+    def _publish(self, rank: int, status: int, message: str, hint: str | None) -> dict[str, Any]:
+        """Write the first announcement; later ones are its consequences. Return the first."""
+        end = {"rank": rank, "status": status, "message": message, "hint": hint}
+        return json.loads(self._store.compare_set("end", "", json.dumps(end)))
+
+    def _end_all(self, end: dict[str, Any]) -> None:
+        self._end(self._publish(end["rank"], end["status"], end["message"], end["hint"]))
+
+    def _end(self, end: dict[str, Any], *, has_store: bool = True) -> None:
+        """End this process, whatever its main thread waits for."""
+        rank = end["rank"]
+        # the one that failed has said it in its own words; it may be gone before it could
+        if self._rank == 0 or (rank == 0 and self._rank == 1):
+            text = f"error: rank {rank} on {self._hosts[rank]}: {end['message']}\n"
+            if end["hint"]:
+                text += f"hint: {end['hint']}\n"
+            os.write(2, f"\n{text}".encode())
+        else:
+            where = f"rank {self._rank} on {platform.node()}"
+            os.write(2, f"{where} ends, because rank {rank} has failed\n".encode())
+        self._not_saving.wait(_SAVE_SECONDS)
+        if has_store:
+            with contextlib.suppress(DistNetworkError, DistStoreError):
+                self._say_farewell(but=rank)
+        os._exit(end["status"])
+
+    def _say_farewell(self, but: int | None = None) -> None:
+        """Leave; process 0 holds the store, and stays until the others (`but` one) have read it."""
+        self._store.set(f"bye/{self._rank}", "")
+        keys = [f"bye/{rank}" for rank in self._others if rank != but]
+        if self._rank == 0 and keys:
+            self._store.wait(keys, timedelta(seconds=_FAREWELL_SECONDS))
