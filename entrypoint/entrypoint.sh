@@ -60,7 +60,8 @@ case ${0##*/} in
 esac
 case ${1:-} in
   lora-train) shift ;;
-  '' | -* | *=* | nemo) ;;
+  # sbatch: ours, also where a site binds Slurm's own into its containers
+  '' | -* | *=* | nemo | sbatch) ;;
   *)
     is_run=no
     # a program of the image; what is none, is a sub-command or a mistake that the trainer explains

@@ -62,6 +62,7 @@ meaning() {
     0) printf 'done (exit status 0)' ;;
     2) printf 'refused, nothing was started (exit status 2)' ;;
     75) printf 'stopped on request, the same command goes on (exit status 75)' ;;
+    85) printf 'stopped with a checkpoint, the job asks to be queued again (exit status 85)' ;;
     137) printf 'killed from outside (SIGKILL, exit status 137); often memory: #SBATCH --mem' ;;
     *) printf 'exit status %s' "$1" ;;
   esac

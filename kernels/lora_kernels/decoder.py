@@ -8,6 +8,7 @@ and is run again, without its last product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,8 @@ from lora_kernels.rms_norm import add_rms_norm_forward, rms_norm_backward
 
 Keeping = Literal["everything", "inputs", "nothing"]
 """What a forward pass keeps of each layer for the backward pass."""
+GradientSink = Callable[[list[torch.Tensor], list[torch.Tensor]], None]
+"""Takes parameters of one layer and their gradients, to be added to what it has."""
 
 
 class DecoderStack:
@@ -48,6 +51,9 @@ class DecoderStack:
         self.groups = [group for layer in layers for group in layer.groups]
         self.parameters = [parameter for group in self.groups for parameter in group.parameters()]
         self.working_copies = WorkingCopies(self._copies())
+        # gets the gradients of each layer while those of the layers before it are computed; None:
+        # autograd gets them all at the end
+        self.gradient_sink: GradientSink | None = None
 
     def _copies(self) -> list[Copy]:
         return [copy for group in self.groups for copy in group.copies()]
@@ -182,7 +188,7 @@ def _backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_out.contiguous(), residual, rstd, stack.final_norm, None, dr_aug, below.sb_or_none
     )
     del residual, d_out
-    gradients: list[torch.Tensor] = []
+    gradients: list[torch.Tensor | None] = []
     inputs.prefetch()
     for position in reversed(range(len(stack.layers))):
         layer, is_first = stack.layers[position], position == 0
@@ -201,5 +207,10 @@ def _backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             needs_input_grad=needs_hidden or not is_first,
         )  # fmt: skip
         del saved
-        gradients = layer_gradients + gradients
+        if stack.gradient_sink is None:
+            gradients = [*layer_gradients, *gradients]
+        else:
+            parameters = [parameter for group in layer.groups for parameter in group.parameters()]
+            stack.gradient_sink(parameters, layer_gradients)
+            gradients += [None] * len(layer_gradients)
     return dr_aug if needs_hidden else None, None, None, None, None, None, *gradients

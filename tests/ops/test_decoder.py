@@ -136,6 +136,31 @@ def test_packed_equals_alone(dtype, device):
     torch.testing.assert_close(packed[6:], alone, rtol=0, atol=rounding)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_sink_gets_each_layers_gradients_as_autograd_would(checkpointing, device):
+    """From the last layer to the first; layer 1 has no adapter."""
+    stack = make_stack(
+        "qwen2", torch.float32, device, num_layers=3, lora_dropout=0.2, layers_to_transform=[0, 2]
+    )
+    sequences = make_sequences(stack, LENGTHS, device)
+    hidden = torch.randn(sum(LENGTHS), 48, device=device, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        out = stack(hidden, sequences, dropout_seed=7, checkpointing=checkpointing)
+        return out.square().sum()
+
+    d_hidden, *expected = torch.autograd.grad(loss(), [hidden, *stack.parameters])
+    calls = []
+    stack.gradient_sink = lambda *call: calls.append(call)
+    loss().backward()
+    assert torch.equal(hidden.grad, d_hidden)
+    assert all(parameter.grad is None for parameter in stack.parameters)
+    assert [len(parameters) for parameters, _ in calls] == [14, 0, 14]
+    taken = [pair for call in reversed(calls) for pair in zip(*call, strict=True)]
+    for (parameter, gradient), owner, plain in zip(taken, stack.parameters, expected, strict=True):
+        assert parameter is owner and torch.equal(gradient, plain)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dropout_seed", [None, 77])
