@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_train.data.held_out import HeldOutExample
 from lora_train.generation import generate_answers
-from lora_train.stop_signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def answer_held_out(
     *,
     max_new_tokens: int,
     batch_size: int,
-    stop: StopSignals,
+    should_stop: Callable[[], bool],
     console: Console,
 ) -> AnswerReport | None:
     """Answer the examples greedily and score them.
@@ -51,16 +51,16 @@ def answer_held_out(
         examples: at least one.
         max_new_tokens: longest answer, in tokens.
         batch_size: examples generated at once.
-        stop: gives up between two batches when a stop was requested.
+        should_stop: asked between two batches, whether to give up.
         console: shows how far it is, on a terminal.
 
     Returns:
-        The answers in the order of the examples; None after a requested stop.
+        The answers in the order of the examples; None after a stop.
     """
     answers: list[str] = []
     with console.status("") as status:
         for start in range(0, len(examples), batch_size):
-            if stop.requested:
+            if should_stop():
                 return None
             status.update(f"answered {start} of {len(examples)} held-out examples")
             answers += generate_answers(

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -71,6 +72,30 @@ def resolve_model(config: ModelConfig) -> str:
     if is_path or not _HUB_NAME.fullmatch(reference):
         raise UserError(f"model.path={reference}: no such file or folder{_nearest(path)}")
     return reference
+
+
+def download_model(config: ModelConfig) -> None:
+    """Fetch a hub model into the cache, or convert a GGUF file, where that is not done yet.
+
+    Args:
+        config: the section that names it.
+
+    Raises:
+        UserError: as `resolve_model`; or the hub does not give it.
+    """
+    source = resolve_model(config)
+    if Path(source).is_dir():
+        return
+    weights = [*_SAFE_WEIGHTS, *(_PICKLED_WEIGHTS if config.allow_pickle else ())]
+    try:
+        snapshot_download(
+            source,
+            revision=config.revision,
+            allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", "*.py", *weights],
+            ignore_patterns=["*/*"],
+        )
+    except Exception as error:
+        raise loading_error(error, config) from error
 
 
 def read_config_dict(source: str, config: ModelConfig) -> dict[str, Any]:

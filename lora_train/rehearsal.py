@@ -27,7 +27,7 @@ from lora_train.attention import VARLEN, check_isolation
 from lora_train.config import Config
 from lora_train.data.batches import IGNORED_LABEL, Batch
 from lora_train.errors import RunError
-from lora_train.trainer import loss_sum
+from lora_train.loss import loss_sum
 
 MODELS: dict[str, dict[str, Any]] = {
     "embedded:smollm2-135m-instruct": {

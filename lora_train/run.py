@@ -10,68 +10,74 @@ import dataclasses
 import errno
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+import time
+from collections.abc import Callable, Sequence
 from logging.handlers import MemoryHandler
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from rich.console import Console
 
 from lora_train import exit_status
 from lora_train.adapter import attach_adapter, save_adapter, trainable_summary
 from lora_train.answers import AnswerReport, answer_held_out
-from lora_train.attention import check_isolation, packing_kwargs
+from lora_train.assembly import (
+    calibration_batches,
+    check_room,
+    describe_run,
+    make_accelerator,
+    make_trainer,
+    open_metrics,
+)
+from lora_train.attention import check_isolation
 from lora_train.config import Config
-from lora_train.config_loading import flatten, to_tree
 from lora_train.data.audit import audit
-from lora_train.data.batches import BatchSchedule, collate
 from lora_train.data.held_out import HeldOutExample, held_out_examples
-from lora_train.data.prepared import PreparedData, prepare_data
+from lora_train.data.prepared import prepare_data
 from lora_train.device import (
     compute_deterministically,
     describe_device,
-    select_device,
     select_precision,
-    set_cpu_threads,
 )
-from lora_train.distributed import gradient_accumulation_steps, world_size
 from lora_train.errors import LoraTrainError, RunError, UserError
 from lora_train.fusion import check_device, fuse_model
 from lora_train.logs import keep_log, start_log
-from lora_train.metrics import MetricsLog, keep_trackers_offline
 from lora_train.model import describe_model, load_base_model, load_tokenizer
-from lora_train.model_size import checkpoint_bytes
-from lora_train.model_source import max_positions
-from lora_train.optimizer import make_optimizer, make_scheduler, warmup_steps
+from lora_train.model_source import download_model, max_positions
+from lora_train.optimizer import warmup_steps
 from lora_train.progress import Progress
+from lora_train.ranks import Ranks
+from lora_train.rendezvous import Group, is_consequence, join
+from lora_train.requeue import TIME_LIMIT, Restarts, job_to_requeue, request_requeue
 from lora_train.run_directory import (
     RunDirectory,
     is_finished,
     open_run_directory,
     publish_run_directory,
 )
+from lora_train.sharding import make_mesh
 from lora_train.stop_signals import StopSignals
 from lora_train.summary import make_summary, print_summary
 from lora_train.trainer import Trainer
+from lora_train.walltime import Walltime, job_end
 
 if TYPE_CHECKING:
-    from lora_kernels.peft_bridge import Fusion
+    pass
 
 log = logging.getLogger(__name__)
 
-# PEFT keeps them all on the device; EVA's directions settle within far fewer
-_CALIBRATION_PACKS = 256
 
-
-def run(config: Config, argv: Sequence[str]) -> int:
+def run(
+    config: Config, argv: Sequence[str], ranks: Ranks | None = None, is_refused: bool = False
+) -> int:
     """Do the run that the configuration describes, from wherever its run directory stands.
 
     Args:
         config: the validated configuration.
         argv: the command line, for the record.
+        ranks: the place of this process among those of the run; None: it is alone.
+        is_refused: whether the node is not fit for the run, which the others must hear.
 
     Returns:
         Exit status: complete, or stopped on request.
@@ -80,23 +86,39 @@ def run(config: Config, argv: Sequence[str]) -> int:
         UserError: the input is wrong; nothing was trained.
         RunError: the run failed; the last good checkpoint stays.
     """
-    on_cpu = not torch.cuda.is_available()
-    # the others wait while the main process prepares data or answers held-out examples
-    processes = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))
-    if processes.num_processes != world_size():
-        raise UserError(
-            f"WORLD_SIZE={world_size()}, but this process was started alone",
-            hint="start it with torchrun, or unset WORLD_SIZE",
-        )
+    problem = UserError("preflight refused this node; its findings stand above")
+    group = join(ranks or Ranks(), problem if is_refused else None)
+    try:
+        end = _run_together(config, argv, group)
+    except BaseException as error:
+        group.fail(error)
+        raise
+    group.leave()
+    # with everything closed: where it works, Slurm ends the job at once
+    return request_requeue(end.job) if end.job is not None else end.status
+
+
+class _End(NamedTuple):
+    """How a run ended that did not fail."""
+
+    status: int
+    job: str | None = None
+    """The Slurm job that is to be queued again, on the main process."""
+
+
+def _run_together(config: Config, argv: Sequence[str], group: Group) -> _End:
+    """Turn whatever goes wrong into an error that says how to go on."""
     console = Console(stderr=True)
-    backlog = start_log(console, quiet=not processes.is_main_process)
-    directory = _open_together(config, processes)
+    backlog = start_log(console, quiet=not group.is_main)
+    directory = _open_together(config, group)
     try:
         with StopSignals() as stop:
-            return _run(config, argv, directory, stop, console, backlog)
+            return _run(config, argv, directory, stop, console, backlog, group)
     except LoraTrainError:
         raise
     except Exception as error:
+        if is_consequence(error):
+            group.wait_for_cause()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
                 f"{error.strerror}: {error.filename or directory.path}",
@@ -118,26 +140,31 @@ def _run(
     stop: StopSignals,
     console: Console,
     backlog: MemoryHandler,
-) -> int:
+    group: Group,
+) -> _End:
     summary = directory.read_json("summary.json")
     if summary is not None and is_finished(config, directory, summary):
         log.info("%s is complete; --resume never trains a new one beside it", directory.path)
-        print_summary(Console(), summary)
-        return exit_status.OK
+        if group.is_main:
+            print_summary(Console(), summary)
+        return _End(exit_status.OK)
 
     # data before the model: a mistake in it shows in seconds, a model may take minutes to load
-    accelerator = _make_accelerator(config, directory)
+    accelerator = make_accelerator(config, directory, group)
     check_device(config, accelerator.device)
+    if group.world_size > 1:  # or all would download at once
+        with group.main_first():
+            download_model(config.model)
     tokenizer = load_tokenizer(config.model)
-    with accelerator.main_process_first():
+    with group.main_first():
         data = prepare_data(config, tokenizer, max_positions=max_positions(config.model))
     log.info("%s", data.report.text())
     labels = audit(data, tokenizer, config)
-    if accelerator.is_main_process and directory.checkpoint is None:
+    if group.is_main and directory.checkpoint is None:
         console.print(labels if console.is_terminal else labels.text(), markup=False)
 
     examples = []
-    if accelerator.is_main_process:
+    if group.is_main:
         examples = held_out_examples(config, tokenizer, config.eval.num_generate)
         if config.eval.num_generate and not examples:
             log.warning("no held-out examples to answer: eval.num_generate has no effect")
@@ -145,12 +172,13 @@ def _run(
     set_seed(config.trainer.seed)
     precision = select_precision(config.trainer.precision, accelerator.device)
     log.info("device: %s; %s", describe_device(accelerator.device), precision.reason)
-    base = load_base_model(config.model, precision.dtype, accelerator.device)
+    mesh = make_mesh(config, accelerator.device, precision.dtype)
+    base = load_base_model(config.model, precision.dtype, accelerator.device, mesh)
     log.info("model: %s", describe_model(base))
     model = attach_adapter(
         base,
         config,
-        calibration_batches=_calibration_batches(data, base),
+        calibration_batches=calibration_batches(data, base),
         resume_from=directory.checkpoint.adapter if directory.checkpoint else None,
     )
     if config.trainer.gradient_checkpointing:
@@ -164,24 +192,36 @@ def _run(
             is_fused=fusion is not None and fusion.decoder is not None,
         )  # fmt: skip
 
-    trainer = make_trainer(config, model, data, accelerator, fusion)
-    log.info("run: %s", _describe_run(config, trainer))
+    walltime = Walltime(job_end() if group.is_main else None)
+    trainer = make_trainer(config, model, data, accelerator, fusion, group, walltime)
+    log.info("run: %s", describe_run(config, trainer))
     if warmup_steps(config.optim.lr_scheduler, trainer.max_steps) >= trainer.max_steps:
         log.warning("warm-up takes all of the steps: the learning rate never reaches optim.lr")
-    _check_room(directory, trainer)
+    check_room(directory, trainer)
     if directory.checkpoint is not None:
         trainer.restore(directory.checkpoint.read_state())
         log.info("going on from %s", directory.checkpoint.path)
-    if accelerator.is_main_process:
-        directory.record_start(config, argv, describe_device(accelerator.device))
-        keep_log(backlog, directory.path / "train.log")
-    accelerator.wait_for_everyone()  # the others read metrics.jsonl as it is now
+    trainer.check_alike()
+    restarts = job = None
+    with group.main_first():  # the others read metrics.jsonl as it is then
+        if group.is_main:
+            directory.record_start(config, argv, describe_device(accelerator.device))
+            keep_log(backlog, directory.path / "train.log")
+            restarts = Restarts(directory)
+            restarts.started(trainer.step)
+            job = job_to_requeue() if config.resume.requeue else None
+            walltime.log_start()
     publish_run_directory(directory.path)
     stop.wait_for_step()
     try:
-        return _train_and_evaluate(config, directory, trainer, tokenizer, examples, stop, console)
+        is_done = _train_and_evaluate(
+            config, directory, trainer, tokenizer, examples, stop, console
+        )
+        return _end(config, directory, trainer, restarts, job, is_done=is_done)
     finally:
-        accelerator.end_training()
+        # not end_training(): it would wait for a group that may be broken
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def _train_and_evaluate(
@@ -192,23 +232,24 @@ def _train_and_evaluate(
     examples: list[HeldOutExample],
     stop: StopSignals,
     console: Console,
-) -> int:
-    accelerator, model = trainer.accelerator, trainer.model
-    metrics = _open_metrics(config, directory, trainer)
+) -> bool:
+    """Train and answer; tell whether all is done, or a stop came between."""
+    accelerator, group = trainer.accelerator, trainer.group
+    metrics = open_metrics(config, directory, trainer)
 
     def answers(when: str) -> AnswerReport | None:
         """Answer the held-out examples once; a run that goes on reads what it answered before."""
         kept = _kept_answers(config, directory, when, examples)
         if kept is not None:
             return kept
-        if not examples or not accelerator.is_main_process:
+        if not examples:  # the others have none
             return None
         log.info("answering %d held-out examples (%s training)", len(examples), when)
         with accelerator.autocast():
             report = answer_held_out(
-                model, tokenizer, examples,
+                trainer.model, tokenizer, examples,
                 max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size,
-                stop=stop, console=console,
+                should_stop=_until(stop, trainer), console=console,
             )  # fmt: skip
         if report is not None:
             asked = _asked(config, examples)
@@ -219,14 +260,16 @@ def _train_and_evaluate(
         console,
         first_step=trainer.step,
         max_steps=trainer.max_steps,
-        quiet=not accelerator.is_main_process,
+        quiet=not group.is_main,
     )
     try:
         if trainer.step == 0:
-            answers("before")
+            with group.main_first():
+                answers("before")
         with progress:
             finished = trainer.fit(directory, metrics, progress, stop)
-        after = answers("after") if finished else None
+        with group.main_first():
+            after = answers("after") if finished else None
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory outside of training steps: {error}",
@@ -235,22 +278,63 @@ def _train_and_evaluate(
     finally:
         metrics.close()
     # the main process alone answers, and so it alone knows
-    [is_stopped] = broadcast_object_list([not finished or (after is None and bool(examples))])
-    if is_stopped:
-        done = f"{trainer.step}/{trainer.max_steps} steps done"
-        log.warning(
-            "stopped (%s); the same command goes on from %s%s",
-            done,
-            directory.path,
-            ""
-            if config.resume.mode == "auto"
-            else f", with log.name={directory.path.name} and without --resume never",
-        )
-        return exit_status.STOPPED
-    if accelerator.is_main_process:
+    is_done, trainer.stop_reason = group.from_main(
+        (finished and (after is not None or not examples), trainer.stop_reason)
+    )
+    if is_done and group.is_main:
         _finish(config, directory, trainer, examples, after)
-    accelerator.wait_for_everyone()
-    return exit_status.OK
+    return is_done
+
+
+def _until(stop: StopSignals, trainer: Trainer) -> Callable[[], bool]:
+    """Tell between two batches of answers whether to stop: asked to, or the job ends."""
+    begun, slowest = time.monotonic(), 0.0
+
+    def should_stop() -> bool:
+        nonlocal begun, slowest
+        slowest, begun = max(slowest, time.monotonic() - begun), time.monotonic()
+        if stop.requested is not None:
+            trainer.stop_reason = stop.requested.name
+        elif trainer.step > 0 and trainer.walltime.is_due(slowest):
+            trainer.stop_reason = TIME_LIMIT
+        return trainer.stop_reason is not None
+
+    return should_stop
+
+
+def _end(
+    config: Config,
+    directory: RunDirectory,
+    trainer: Trainer,
+    restarts: Restarts | None,
+    job: str | None,
+    *,
+    is_done: bool,
+) -> _End:
+    """Record how the run ended; when it was stopped, say how it goes on."""
+    if is_done:
+        if restarts is not None:
+            restarts.ended(trainer.step, "complete", requeued=False)
+        return _End(exit_status.OK)
+    log.warning(
+        "stopped (%s, %d/%d steps done); the same command goes on from %s%s",
+        trainer.stop_reason,
+        trainer.step,
+        trainer.max_steps,
+        directory.path,
+        ""
+        if config.resume.mode == "auto"
+        else f", with log.name={directory.path.name} and without --resume never",
+    )
+    asks = False
+    if restarts is not None:
+        reason = str(trainer.stop_reason)
+        if job is not None:
+            asks, why = restarts.may_requeue(trainer.step, reason)
+            log.info("the job is%s queued again: %s", "" if asks else " not", why)
+        restarts.ended(trainer.step, reason, asks)
+    asks = trainer.group.from_main(asks)  # srun tells the status of any task
+    return _End(exit_status.REQUEUE if asks else exit_status.STOPPED, job if asks else None)
 
 
 def _asked(config: Config, examples: list[HeldOutExample]) -> list[Any]:
@@ -293,164 +377,22 @@ def _finish(
     print_summary(Console(), summary)
 
 
-def _open_together(config: Config, processes: PartialState) -> RunDirectory:
-    """Open the run directory on the main process; the others follow it, or fail with it.
+def _open_together(config: Config, group: Group) -> RunDirectory:
+    """Open the run directory on the main process; the others follow it.
 
     Args:
         config: the run's configuration.
-        processes: accelerate's state of all processes.
+        group: all processes.
 
     Returns:
         The same directory everywhere, locked on the main process.
 
     Raises:
-        UserError: see `open_run_directory`; on every process.
+        UserError: see `open_run_directory`; on the main process, with which the others end.
     """
-    opened: Any = None
-    if processes.is_main_process:
-        try:
-            opened = open_run_directory(config)
-        except UserError as error:
-            opened = error
-    if processes.num_processes > 1:
-        # the lock is an open file of the main process
-        is_open = isinstance(opened, RunDirectory)
-        [shared] = broadcast_object_list(
-            [dataclasses.replace(opened, lock=None) if is_open else opened]
-        )
-        opened = opened if processes.is_main_process else shared
-    if isinstance(opened, UserError):
-        raise opened
-    return opened
-
-
-def _make_accelerator(config: Config, directory: RunDirectory) -> Accelerator:
-    state = PartialState()
-    set_cpu_threads(state.num_processes)
-    device = select_device(state.local_process_index)
-    bf16 = select_precision(config.trainer.precision, device).dtype == torch.bfloat16
-    if not config.log.online:
-        keep_trackers_offline(directory.path)
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="bf16" if bf16 else "no",
-        log_with=list(config.log.trackers) or None,
-        project_config=ProjectConfiguration(
-            project_dir=str(directory.path), logging_dir=str(directory.path / "trackers")
-        ),
-    )
-
-
-def make_trainer(
-    config: Config,
-    model: Any,
-    data: PreparedData,
-    accelerator: Accelerator,
-    fusion: Fusion | None = None,
-) -> Trainer:
-    """Put a trainer together, at step 0.
-
-    Args:
-        config: the run's configuration.
-        model: what `attach_adapter` returned.
-        data: the prepared data.
-        accelerator: device and precision.
-        fusion: what of the model the kernels run.
-
-    Returns:
-        The trainer, with its optimizer and schedule.
-    """
-    schedule = BatchSchedule(
-        len(data.train_packs), config.data.global_batch_size, config.trainer.seed
-    )
-    max_steps = config.trainer.max_steps or schedule.num_steps(config.trainer.max_epochs)
-    if accelerator.mixed_precision == "bf16":
-        _let_autocast_cast(model)
-    optimizer = make_optimizer(model, config.optim)
-    # every process drops other activations
-    torch.manual_seed(config.trainer.seed + accelerator.process_index)
-    return Trainer(
-        config=config,
-        model=model,
-        data=data,
-        schedule=schedule,
-        optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config.optim, max_steps),
-        accelerator=accelerator,
-        max_steps=max_steps,
-        fusion=fusion,
-    )
-
-
-def _let_autocast_cast(model: Any) -> None:
-    """Keep PEFT from widening each adapter's input to fp32, only for autocast to narrow it again.
-
-    The values are the same to the bit (bf16 -> fp32 -> bf16); the copy per layer is saved.
-    """
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
-
-
-def _open_metrics(config: Config, directory: RunDirectory, trainer: Trainer) -> MetricsLog:
-    accelerator = trainer.accelerator
-    if config.log.trackers:
-        flat = {dotted: str(value) for dotted, value in flatten(to_tree(config))}
-        accelerator.init_trackers(
-            "lora-train",
-            config=flat,
-            # what a killed run logged after the checkpoint is taken back
-            init_kwargs={"tensorboard": {"purge_step": trainer.step + 1}},
-        )
-    return MetricsLog(
-        directory.path / "metrics.jsonl",
-        step=trainer.step,
-        accelerator=accelerator if config.log.trackers else None,
-        write=accelerator.is_main_process,
-    )
-
-
-def _describe_run(config: Config, trainer: Trainer) -> str:
-    data, accumulate = config.data, gradient_accumulation_steps(config)
-    processes = trainer.accelerator.num_processes
-    return (
-        f"{trainer.max_steps} steps = {trainer.schedule.epoch(trainer.max_steps):.2f} epochs; "
-        f"{data.global_batch_size} sequences per step = {data.micro_batch_size} per micro-batch x "
-        f"{accumulate} accumulated x {processes} process{'es' if processes > 1 else ''}"
-    )
-
-
-def _check_room(directory: RunDirectory, trainer: Trainer) -> None:
-    """Refuse a disk that the checkpoints will not fit on.
-
-    Args:
-        directory: the run directory.
-        trainer: knows the trainable parameters.
-
-    Raises:
-        UserError: less free than what the checkpoints of this run take.
-    """
-    trainable = sum(parameter.numel() for parameter in trainer.trainable.values())
-    there = sum(path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
-    needed = max(0, checkpoint_bytes(trainable, trainer.config) - there)
-    room = shutil.disk_usage(directory.path)
-    # some network file systems tell no sizes at all
-    if room.total and room.free < needed:
-        raise UserError(
-            f"{directory.path}: {room.free / 2**20:,.0f} MiB free, the checkpoints take "
-            f"{needed / 2**20:,.0f} MiB",
-            hint="log.log_dir=FOLDER on a larger file system, or log.ckpt.keep_last=1",
-        )
-
-
-def _calibration_batches(data: PreparedData, model: Any) -> Iterator[dict[str, Any]]:
-    """Training batches as arguments of the model, for peft.init=eva."""
-    attention = model.config._attn_implementation
-    for pack in range(min(len(data.train_packs), _CALIBRATION_PACKS)):
-        batch = collate(data.train, data.train_packs, [pack]).to(model.device)
-        yield {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "labels": batch.labels,
-            **packing_kwargs(attention, batch.cu_seqlens, batch.max_seqlen),
-        }
+    opened = open_run_directory(config) if group.is_main else None
+    # the lock is an open file of the main process
+    shared = group.from_main(opened and dataclasses.replace(opened, lock=None))
+    found = opened or shared
+    assert found is not None
+    return found

@@ -10,9 +10,9 @@ processes, simply add up.
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
+import signal
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,56 +21,40 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from lora_train.adapter import save_adapter
-from lora_train.attention import packing_kwargs
 from lora_train.checkpoint import delete_old, write_checkpoint
 from lora_train.config import Config
 from lora_train.data.batches import Batch, BatchSchedule, collate
 from lora_train.data.prepared import PreparedData
 from lora_train.errors import RunError, UserError
+from lora_train.gradient_sum import GradientSum
 from lora_train.kernel_cache import log_count
+from lora_train.loss import loss_sum
 from lora_train.metrics import MetricsLog
 from lora_train.progress import Progress
+from lora_train.rendezvous import Group
+from lora_train.requeue import TIME_LIMIT
 from lora_train.run_directory import RunDirectory
 from lora_train.stop_signals import StopSignals
+from lora_train.training_state import (
+    check_alike,
+    hash_of_data,
+    random_state,
+    restore_optimizer,
+    set_random_state,
+)
+from lora_train.walltime import Walltime
 
 if TYPE_CHECKING:
     from lora_kernels.peft_bridge import Fusion
 
 log = logging.getLogger(__name__)
 
-
-def loss_sum(model: nn.Module, batch: Batch, fusion: Fusion | None = None) -> Tensor:
-    """Cross-entropy summed over the supervised tokens of one micro-batch.
-
-    Only the positions that predict a supervised token go through the language-model head.
-
-    Args:
-        model: a causal language model of transformers, with or without a PEFT adapter.
-        batch: one padding-free row, on the model's device.
-        fusion: what of the model the kernels run.
-
-    Returns:
-        Scalar, fp32, in nats.
-    """
-    targets = batch.labels[0, batch.predicting + 1]
-    decoder = None if fusion is None else fusion.decoder
-    if decoder is not None and decoder.loss_obstacle_now() is None:
-        return decoder.loss_sum(
-            batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen,
-            batch.predicting, targets,
-        )  # fmt: skip
-    attention: str = model.config._attn_implementation  # type: ignore[union-attr, assignment]
-    logits = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.predicting,
-        use_cache=False,
-        **packing_kwargs(attention, batch.cu_seqlens, batch.max_seqlen),
-    ).logits
-    return nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
+# why a run stops, the reason that counts most last: whoever presses Ctrl-C means it
+_STOP_REASONS = (
+    "", TIME_LIMIT, signal.SIGUSR1.name, signal.SIGTERM.name, signal.SIGINT.name,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,6 +66,8 @@ class StepResult:
     learning_rate: float
     tokens: int
     supervised_tokens: int
+    max_memory_allocated_bytes: int
+    """Most on any GPU since the start, in whole MiB; 0 on CPUs."""
 
 
 class Trainer:
@@ -98,6 +84,8 @@ class Trainer:
         accelerator: precision, devices, trackers.
         max_steps: optimizer steps of the whole run.
         fusion: what of the model the kernels run; None: nothing.
+        group: the processes of the run.
+        walltime: knows when the job ends, on the main process.
     """
 
     def __init__(
@@ -112,6 +100,8 @@ class Trainer:
         accelerator: Accelerator,
         max_steps: int,
         fusion: Fusion | None = None,
+        group: Group,
+        walltime: Walltime,
     ) -> None:
         self.config = config
         self.model = model
@@ -121,6 +111,9 @@ class Trainer:
         self.accelerator = accelerator
         self.max_steps = max_steps
         self.fusion = fusion
+        self.group = group
+        self.walltime = walltime
+        self.stop_reason: str | None = None
         self.step = 0
         self._next_batches: tuple[int, list[Batch]] | None = None
         self.train_seconds = 0.0
@@ -130,6 +123,12 @@ class Trainer:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
+        decoder = None if fusion is None else fusion.decoder
+        self._gradients = GradientSum(
+            list(self.trainable.values()),
+            num_extra=1 + accelerator.num_processes,
+            decoder=None if decoder is None else decoder.stack,
+        )
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -146,19 +145,18 @@ class Trainer:
         parameters = list(self.trainable.values())
         batches = self._global_batch(self.step)
         supervised = sum(batch.num_supervised for batch in batches)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._gradients.zero()
         total = torch.zeros((), device=self.accelerator.device)
-        for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
+        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        for batch in mine:
             with self.accelerator.autocast():
                 loss = loss_sum(self.model, batch.to(self.accelerator.device), self.fusion)
                 loss = loss / supervised
-            self.accelerator.backward(loss)
+            with self._gradients.overlapping(batch is mine[-1]):
+                self.accelerator.backward(loss)
             total += loss.detach()
-        for parameter in parameters:
-            if parameter.grad is None:  # an expert that got no token here, but may have elsewhere
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        self._sum_over_processes([*gradients, total])
+        with self.group.waiting():
+            total, *memory = self._gradients.finish(torch.stack([total, *self._memory()]))
         if self.step == 0:
             self._check_gradients_flow()
         clip = self.config.trainer.gradient_clip_val
@@ -170,7 +168,8 @@ class Trainer:
             self.optimizer.found_inf = 1 - is_finite.float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self._next_batches = (self.step + 1, self._global_batch(self.step + 1))
-        loss_value, norm_value = torch.stack([total, norm]).tolist()
+        with self.group.waiting():
+            loss_value, norm_value, *mebibytes = torch.stack([total, norm, *memory]).tolist()
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
             raise RunError(
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}: not finite",
@@ -184,7 +183,9 @@ class Trainer:
         self.scheduler.step()
         self.step += 1
         tokens = sum(batch.input_ids.numel() for batch in batches)
-        return StepResult(loss_value, norm_value, learning_rate, tokens, supervised)
+        return StepResult(
+            loss_value, norm_value, learning_rate, tokens, supervised, round(max(mebibytes)) << 20
+        )
 
     def _global_batch(self, step: int) -> list[Batch]:
         """The micro-batches of all processes, on the CPU: each process counts all the tokens."""
@@ -198,14 +199,13 @@ class Trainer:
             for start in range(0, len(pack_ids), size)
         ]
 
-    def _sum_over_processes(self, tensors: list[Tensor]) -> None:
-        """Sum gradients and loss over the processes, in place, as one flat fp32 buffer."""
-        if self.accelerator.num_processes == 1:
-            return
-        buffer = _flatten_dense_tensors([tensor.float() for tensor in tensors])
-        torch.distributed.all_reduce(buffer)
-        for tensor, summed in zip(tensors, _unflatten_dense_tensors(buffer, tensors), strict=True):
-            tensor.copy_(summed)
+    def _memory(self) -> list[Tensor]:
+        """MiB in use at most so far, of this process in its place among all."""
+        device = self.accelerator.device
+        memory = torch.zeros(self.accelerator.num_processes, device=device)
+        if device.type == "cuda":
+            memory[self.accelerator.process_index] = torch.cuda.max_memory_allocated() / 2**20
+        return list(memory)
 
     def _check_gradients_flow(self) -> None:
         """Refuse to go on when the first backward pass left a lora_B without a gradient."""
@@ -245,25 +245,29 @@ class Trainer:
         self.model.eval()
         total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
         tokens = 0
-        stopped = False
-        for row in rows[accelerator.process_index :: accelerator.num_processes]:
-            if stop is not None and stop.requested:
-                stopped = True
-                break
-            batch = collate(examples, packs, row).to(accelerator.device)
+        # as many forward passes on every process, which a sharded model gathers together
+        for start in range(0, len(rows), accelerator.num_processes):
+            if stop is not None and self._stop_agreed(stop):
+                self.model.train()
+                return None
+            turn = rows[start : start + accelerator.num_processes]
+            is_idle = accelerator.process_index >= len(turn)
+            batch = collate(examples, packs, turn[0 if is_idle else accelerator.process_index])
             with accelerator.autocast():
-                total += loss_sum(self.model, batch, self.fusion)
-            tokens += batch.num_supervised
+                loss = loss_sum(self.model, batch.to(accelerator.device), self.fusion)
+            if not is_idle:
+                total += loss
+                tokens += batch.num_supervised
         self.model.train()
-        sums = torch.tensor([total.item(), tokens, stopped], dtype=torch.float64)
+        sums = torch.tensor([total.item(), tokens], dtype=torch.float64)
         if accelerator.num_processes > 1:
-            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-        if sums[2] > 0 or sums[1] == 0:
+            torch.distributed.all_reduce(sums)
+        if sums[1] == 0:
             return None
-        loss = float(sums[0] / sums[1])
+        mean = float(sums[0] / sums[1])
         return {
-            "val_loss": loss,
-            "val_perplexity": math.exp(min(loss, 700.0)),
+            "val_loss": mean,
+            "val_perplexity": math.exp(min(mean, 700.0)),
             "val_tokens": int(sums[1]),
         }
 
@@ -301,26 +305,30 @@ class Trainer:
                 if validation is not None:
                     metrics.write(self.step, validation)
                     progress.validated(self.step, validation["val_loss"])
-            if self._stop_agreed(stop):
-                log.debug("asked to stop by %s", stop.requested)
-                self.save(run_directory)
-                return False
             if self.step >= self.max_steps:
                 return True
+            if self._stop_agreed(stop):
+                if self.stop_reason == TIME_LIMIT and self.group.is_main:
+                    log.info("%s", self.walltime.describe_stop())
+                self.save(run_directory)
+                return False
 
-            random_state = _random_state()
+            random_before = random_state()
             begun = time.perf_counter()
             try:
                 result = self.train_step()
             except torch.OutOfMemoryError as error:
-                if self.step > 0:  # the weights are still those after the last good step
-                    self.save(run_directory, random_state)
+                # the weights are still those after the last good step; the other processes are not
+                # there to save with
+                if self.step > 0 and self.accelerator.num_processes == 1:
+                    self.save(run_directory, random_before)
                 raise RunError(
                     f"out of GPU memory in step {self.step + 1}: {error}",
                     hint=_memory_hint(self.config),
                 ) from error
             seconds = time.perf_counter() - begun
             self.train_seconds += seconds
+            self.walltime.step_done(seconds)
             self._report(result, seconds, metrics, progress)
             log_count()  # after the first step of this process, once
             if (save_every and self.step % save_every == 0) or self.step == self.max_steps:
@@ -340,38 +348,57 @@ class Trainer:
             "tokens_per_second": result.tokens / seconds,
         }
         if self.accelerator.device.type == "cuda":
-            values["max_memory_allocated_bytes"] = torch.cuda.max_memory_allocated()
+            values["max_memory_allocated_bytes"] = result.max_memory_allocated_bytes
         every = self.config.trainer.log_every_n_steps
         if self.step % every == 0 or self.step in (1, self.max_steps):
             metrics.write(self.step, values)
         progress.step(self.step, values)
 
     def _stop_agreed(self, stop: StopSignals) -> bool:
-        """Whether any process was asked to stop; all get the same answer."""
-        if self.accelerator.num_processes == 1:
-            return stop.requested is not None
-        flag = torch.tensor(float(stop.requested is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+        """Whether any process was asked to stop, or the job ends; all get the same answer."""
+        reason = ""
+        if stop.requested is not None:
+            reason = stop.requested.name
+        elif self.walltime.is_due():
+            reason = TIME_LIMIT
+        code = torch.tensor(_STOP_REASONS.index(reason))
+        if self.accelerator.num_processes > 1:
+            # on the CPU, through gloo: the GPU goes on meanwhile
+            torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
+        self.stop_reason = _STOP_REASONS[code] or None
+        return self.stop_reason is not None
 
     # --- state ----------------------------------------------------------------------------------
 
-    def save(self, run_directory: RunDirectory, random_state: dict[str, Any] | None = None) -> None:
+    def save(
+        self, run_directory: RunDirectory, random_before: dict[str, Any] | None = None
+    ) -> None:
         """Write a checkpoint of the current step, then delete the ones too many.
 
         Args:
             run_directory: where it goes.
-            random_state: of this process when the step began; None: as it is now.
+            random_before: of this process when the step began; None: as it is now.
 
         Raises:
             RunError: the disk is full or not writable; earlier checkpoints are untouched.
         """
         from accelerate.utils import gather_object
 
-        random_states = gather_object([random_state or _random_state()])
-        if self.accelerator.is_main_process:
-            self._write(run_directory, random_states)
-        # who ends first makes torchrun end the others, in the middle of the writing
-        self.accelerator.wait_for_everyone()
+        begun = time.perf_counter()
+        self.check_alike()
+        random_states = gather_object([random_before or random_state()])
+        with self.group.saving(), self.group.main_first():
+            if self.group.is_main:
+                self._write(run_directory, random_states)
+        self.walltime.save_done(time.perf_counter() - begun)
+
+    def check_alike(self) -> None:
+        """Refuse to go on when processes have other data or other adapter weights than the first.
+
+        Raises:
+            RunError: they differ; names the processes.
+        """
+        check_alike(self.group, self.step, self._data_hash, list(self.trainable.values()))
 
     def _write(self, run_directory: RunDirectory, random_states: list[dict[str, Any]]) -> None:
         state = {
@@ -415,27 +442,12 @@ class Trainer:
                 "trained on: rows, tokenizer or packing changed",
                 hint="put the data back, or --resume never starts over in a new directory",
             )
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)
+        restore_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["step"])
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
-        # the schedule is a function of the step
-        self.scheduler.last_epoch = self.step
-        for group, rate, factor in zip(
-            self.optimizer.param_groups,
-            self.scheduler.base_lrs,
-            self.scheduler.lr_lambdas,
-            strict=True,
-        ):
-            group["lr"] = rate * factor(self.step)
         random_states = state["random"]
         if len(random_states) == self.accelerator.num_processes:
-            _set_random_state(random_states[self.accelerator.process_index])
+            set_random_state(random_states[self.accelerator.process_index])
         elif self.config.peft.dropout > 0:
             log.warning(
                 "%d processes went before, now %d: dropout draws other numbers",
@@ -445,14 +457,7 @@ class Trainer:
 
     @functools.cached_property
     def _data_hash(self) -> str:
-        """Hash of the training tokens, labels and packs, in their order."""
-        digest = hashlib.blake2b(digest_size=16)
-        examples, packs = self.data.train, self.data.train_packs
-        for array in (
-            examples.tokens, examples.supervised, examples.offsets, packs.members, packs.offsets,
-        ):  # fmt: skip
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        return hash_of_data(self.data)
 
 
 def _memory_hint(config: Config) -> str:
@@ -465,17 +470,3 @@ def _memory_hint(config: Config) -> str:
         options.append("model.quantization=nf4 (a new run)")
     options.append(f"data.seq_length={config.data.seq_length // 2} (a new run)")
     return "the same command with one of: " + "; ".join(options)
-
-
-def _random_state() -> dict[str, Any]:
-    """State of the generators that training draws from: dropout (torch, CPU and this GPU)."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -35,6 +35,7 @@ from lora_kernels.decoder import DecoderStack
 from lora_kernels.decoder_layer import DecoderLayer, Sequences
 from lora_kernels.peft_bridge import fuse
 from lora_train.adapter import attach_adapter
+from lora_train.assembly import make_trainer
 from lora_train.attention import VARLEN
 from lora_train.config import Config, DataConfig, ModelConfig, PeftConfig, TrainerConfig
 from lora_train.data.packing import one_per_pack
@@ -42,7 +43,6 @@ from lora_train.data.prepared import PreparedData
 from lora_train.data.tokenized_set import TokenizedSet
 from lora_train.data.tokenizing import Tokenized
 from lora_train.device import compute_deterministically
-from lora_train.run import make_trainer
 
 RESULTS = Path(__file__).parent / "results" / "training_step.jsonl"
 # steps that are not timed: the first compiles and fills the allocator

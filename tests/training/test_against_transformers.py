@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers import Trainer as TransformersTrainer
 
 from lora_train.adapter import attach_adapter, save_adapter
+from lora_train.assembly import make_trainer
 from lora_train.config import Config
 from lora_train.data.batches import BatchSchedule, collate
 from lora_train.data.prepared import PreparedData, prepare_data
 from lora_train.model import load_base_model, load_tokenizer
 from lora_train.optimizer import make_scheduler
-from lora_train.run import make_trainer
 
 STEPS = 12
 OPTIONS = (

@@ -15,14 +15,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from lora_train.adapter import attach_adapter
+from lora_train.assembly import make_trainer
 from lora_train.attention import generation_attention
 from lora_train.config import Config
 from lora_train.data.batches import Batch, collate
 from lora_train.data.prepared import PreparedData, prepare_data
 from lora_train.errors import RunError
+from lora_train.loss import loss_sum
 from lora_train.model import load_base_model, load_tokenizer
-from lora_train.run import make_trainer
-from lora_train.trainer import Trainer, loss_sum
+from lora_train.trainer import Trainer
 
 CPU = torch.device("cpu")
 
