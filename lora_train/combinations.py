@@ -24,6 +24,7 @@ def conflicts(config: Config) -> list[str]:
         *_start_conflicts(config),
         *_optimizer_conflicts(config),
         *_model_conflicts(config),
+        *_sharding_conflicts(config),
     ]
 
 
@@ -130,6 +131,68 @@ def _model_conflicts(config: Config) -> list[str]:
             "a file has no revisions"
         )
     return found
+
+
+def _sharding_conflicts(config: Config) -> list[str]:
+    if config.trainer.strategy != "fsdp2":
+        return []
+    model, peft = config.model, config.peft
+    reads_base = "it needs whole base weights, and no process has them"
+    return [
+        f"trainer.strategy=fsdp2 with {option}: {reason}; set {instead}"
+        for option, is_set, reason, instead in (
+            (
+                "model.quantization=nf4",
+                model.quantization == "nf4",
+                "nf4 weights are not sharded",
+                "trainer.strategy=ddp, which holds the quantized model on every GPU, or "
+                "model.quantization=null",
+            ),
+            (
+                f"peft.init={peft.init}",
+                peft.init in ("pissa", "olora", "loftq", "eva"),
+                reads_base,
+                "peft.init=default, or trainer.strategy=ddp",
+            ),
+            (
+                "peft.use_dora=true",
+                peft.use_dora,
+                reads_base,
+                "peft.use_dora=false, or trainer.strategy=ddp",
+            ),
+            (
+                f"peft.modules_to_save=[{','.join(peft.modules_to_save)}]",
+                bool(peft.modules_to_save),
+                "only adapters are trained beside a sharded base",
+                "peft.modules_to_save=[], or trainer.strategy=ddp",
+            ),
+            (
+                f"eval.num_generate={config.eval.num_generate}",
+                config.eval.num_generate > 0,
+                "the main process answers alone, and no process has a whole model",
+                "eval.num_generate=0; `lora-train generate` answers with the finished adapter",
+            ),
+            (
+                f"model.path={model.path}",
+                model.path.endswith(".gguf"),
+                "a part of a weight can only be read from safetensors",
+                "model.path to the model that the file was made from, or trainer.strategy=ddp",
+            ),
+            (
+                "model.trust_remote_code=true",
+                model.trust_remote_code,
+                "the layers of such a model are not known",
+                "model.trust_remote_code=false, or trainer.strategy=ddp",
+            ),
+            (
+                "model.allow_pickle=true",
+                model.allow_pickle,
+                "a part of a weight can only be read from safetensors",
+                "model.allow_pickle=false, or trainer.strategy=ddp",
+            ),
+        )
+        if is_set
+    ]
 
 
 def _odd_ranks(config: Config) -> list[int]:

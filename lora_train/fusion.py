@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
+from torch import distributed
 
 from lora_train.config import Config
 from lora_train.errors import UserError
@@ -81,12 +82,14 @@ def _checked(fusion: Fusion, config: Config) -> Fusion | None:
     """Return the fusion if it computes what torch does on this GPU, else undo it."""
     result = fusion.self_check()
     assert result is not None
-    if result.failures:
+    failures = _of_all_processes(result.failures)
+    if failures:
         fusion.undo()
+        where = "this GPU" if result.failures else "another process's GPU"
         _fall_back(
             config,
-            f"on this GPU they do not compute what torch does: {result.failures[0]}"
-            + (f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""),
+            f"on {where} they do not compute what torch does: {failures[0]}"
+            + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""),
         )
         return None
     logger.info(
@@ -96,6 +99,19 @@ def _checked(fusion: Fusion, config: Config) -> Fusion | None:
         result.seconds,
     )
     return fusion
+
+
+def _of_all_processes(failures: list[str]) -> list[str]:
+    """Return those of every process, this one's first: all run the kernels, or none does.
+
+    With a sharded base each gathers layers in the order of its own path, and two would wait for
+    each other forever.
+    """
+    if not distributed.is_initialized():
+        return failures
+    found: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(found, failures)
+    return list(dict.fromkeys([*failures, *(line for lines in found for line in lines)]))
 
 
 def _is_capable(device: torch.device) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from safetensors import safe_open
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -16,12 +21,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_utils,
 )
 
 from lora_train.attention import choose_attention
 from lora_train.config import ModelConfig
 from lora_train.errors import UserError
 from lora_train.model_source import loading_error, read_config_dict, resolve_model
+from lora_train.sharding import load_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +87,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_base_model(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """Load the base model onto the device, frozen and without a cache for earlier tokens.
 
@@ -88,6 +98,7 @@ def load_base_model(
         config: which model, quantized or not, with which attention.
         dtype: type of its weights; of its arithmetic where they are nf4.
         device: where it is put; weights go there file by file, without a second copy.
+        mesh: the processes that share it, see `make_mesh`; None: this one holds it whole.
 
     Returns:
         The model; none of its parameters requires a gradient.
@@ -103,12 +114,32 @@ def load_base_model(
         )
     except Exception as error:
         raise loading_error(error, config) from error
-    options: dict[str, Any] = {}
+    attention = None
     model_class = _causal_class(model_config, config)
     if model_class is not None:
         choice = choose_attention(config.attn_implementation, model_config, model_class)
         logger.info("attention %s: %s", choice.name, choice.reason)
-        options["attn_implementation"] = choice.name
+        attention = choice.name
+    if mesh is None:
+        model = _load_whole(source, config, attention, dtype, device)
+    else:
+        # refused with the configuration: code that comes with the model
+        assert attention is not None
+        model = load_sharded(source, model_config, attention, config, dtype, device, mesh)
+    model.requires_grad_(False)
+    # with a cache, transformers does not look for packed sequences and one would see the other
+    model.config.use_cache = False
+    return model
+
+
+def _load_whole(
+    source: str,
+    config: ModelConfig,
+    attention: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if config.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -116,29 +147,44 @@ def load_base_model(
             bnb_4bit_use_double_quant=config.double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
+    are_copied = device.type != "cpu" or config.quantization is not None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=None if config.allow_pickle else True,
-            dtype=dtype,
-            device_map={"": device},
-            **options,
-        )
+        with _reading_weights() if are_copied else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=None if config.allow_pickle else True,
+                dtype=dtype,
+                device_map={"": device},
+                **options,
+            )
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"model.path={config.path} does not fit on {device}: {error}",
-            hint="set model.quantization=nf4, or ask Slurm for a GPU with more memory",
+            hint="set model.quantization=nf4, or trainer.strategy=fsdp2 on several GPUs, or ask "
+            "Slurm for a GPU with more memory",
         ) from error
     except Exception as error:
         raise loading_error(error, config) from error
     if config.quantization == "nf4":
         _keep_nf4_differentiable(model)
-    model.requires_grad_(False)
-    # with a cache, transformers does not look for packed sequences and one would see the other
-    model.config.use_cache = False
     return model
+
+
+@contextlib.contextmanager
+def _reading_weights() -> Iterator[None]:
+    """Make transformers read each weight when its turn comes, instead of mapping all files.
+
+    It maps them until the last weight is loaded, and every page that was read counts as memory of
+    this process: 141 GB at 70B, where a weight at a time takes less than one.
+    """
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        return safe_open(*args, **kwargs | {"backend": "pread"})
+
+    with mock.patch.object(modeling_utils, "safe_open", read):
+        yield
 
 
 def describe_model(model: PreTrainedModel) -> str:

@@ -34,6 +34,10 @@ class Ranks:
     """Its number on this node, from 0."""
     local_world_size: int = 1
     """Processes on this node."""
+    node: int = 0
+    """Number of this node in the run, from 0."""
+    num_nodes: int = 1
+    """Nodes of the run."""
     num_to_start: int = 0
     """Processes that this one starts on its node; 0: it is one of the run's itself."""
     host: str = _LOCAL_HOST
@@ -103,6 +107,24 @@ def find_ranks(config: Config, count_devices: Callable[[], int]) -> Ranks:
     return found
 
 
+def shape_lines(num_nodes: int, num_gpus: int) -> str:
+    """Return the lines of a batch script with which a run starts.
+
+    Args:
+        num_nodes: of the job.
+        num_gpus: of each node.
+
+    Returns:
+        Lines, after one that says what they replace.
+    """
+    return (
+        "in place of the job's lines on tasks and GPUs (and of srun's own):\n"
+        f"#SBATCH --nodes={num_nodes}\n"
+        f"#SBATCH --ntasks-per-node={num_gpus}\n"
+        f"#SBATCH --gpus-per-node={num_gpus}"
+    )
+
+
 def planned_world_size(config: Config) -> int:
     """Count the processes of a run that starts elsewhere or later: what the configuration says."""
     asked, nodes = config.trainer.devices, config.trainer.num_nodes
@@ -124,12 +146,15 @@ def _given() -> Ranks | None:
     rank, world_size, local_rank = (int(values[name]) for name in _VARIABLES)
     if rank >= world_size:
         raise UserError(f"{seen}: a rank is below the number of processes", hint=f"unset {seen}")
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    local = int(text) if text.isdecimal() and int(text) > 0 else world_size
     return Ranks(
         global_rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        local_world_size=int(local) if local.isdecimal() else world_size,
+        local_world_size=local,
+        node=rank // local,
+        num_nodes=-(-world_size // local),
         host=os.environ.get("MASTER_ADDR") or _LOCAL_HOST,
         port=_port() if world_size > 1 else None,
     )
@@ -171,7 +196,7 @@ def _of_step(config: Config, step: SlurmStep, num_devices: int) -> Ranks:
     if num_devices == 0 and step.asked_for_gpus and not wants_cpu():
         raise UserError(
             f"{step.tasks_here} task(s) on {platform.node()}, where the job has no GPU",
-            hint=_lines(num_nodes, step.gpus_on_node or 1),
+            hint=shape_lines(num_nodes, step.gpus_on_node or 1),
         )
     host = _LOCAL_HOST if num_nodes == 1 else step.first_host
     if set(step.tasks_per_node) == {1}:
@@ -182,6 +207,8 @@ def _of_step(config: Config, step: SlurmStep, num_devices: int) -> Ranks:
             global_rank=step.node * num_processes,
             world_size=num_nodes * num_processes,
             local_world_size=num_processes,
+            node=step.node,
+            num_nodes=num_nodes,
             num_to_start=num_processes if num_processes > 1 else 0,
             host=host,
             port=step.port if num_nodes > 1 else None,
@@ -192,6 +219,8 @@ def _of_step(config: Config, step: SlurmStep, num_devices: int) -> Ranks:
         world_size=step.num_tasks,
         local_rank=step.local_task,
         local_world_size=step.tasks_here,
+        node=step.node,
+        num_nodes=num_nodes,
         host=host,
         port=step.port,
         warning=warning,
@@ -209,19 +238,19 @@ def _judge_tasks(step: SlurmStep, num_devices: int) -> str | None:
         raise UserError(
             f"{here} tasks on {platform.node()}, where the job has {available} GPU(s): "
             "each process needs one of its own",
-            hint=_lines(num_nodes, available),
+            hint=shape_lines(num_nodes, available),
         )
     if step.has_own_gpus and num_devices > 1:
         raise UserError(
             f"each task has {num_devices} GPUs of its own, and a process takes one",
-            hint=_lines(num_nodes, step.gpus_on_node or num_devices),
+            hint=shape_lines(num_nodes, step.gpus_on_node or num_devices),
         )
     if len(set(step.tasks_per_node)) > 1 and not step.has_own_gpus:
         spread = ", ".join(map(str, step.tasks_per_node))
         raise UserError(
             f"{step.num_tasks} tasks are spread over {num_nodes} nodes as {spread}: "
             "the nodes have as many GPUs each",
-            hint=_lines(num_nodes, available),
+            hint=shape_lines(num_nodes, available),
         )
     if available > here:
         return (
@@ -241,7 +270,7 @@ def _num_to_start(config: Config, num_devices: int, num_nodes: int) -> int:
                 f"trainer.devices={asked}, and {num_devices} GPU(s) are visible on "
                 f"{platform.node()}",
                 hint=f"trainer.devices={num_devices}, trainer.devices=auto, or\n"
-                + _lines(num_nodes, asked),
+                + shape_lines(num_nodes, asked),
             )
         return asked
     data = config.data
@@ -259,22 +288,11 @@ def _compare(config: Config, ranks: Ranks) -> None:
             f"trainer.devices={trainer.devices}, and {ranks.local_world_size} process(es) were "
             f"started on {platform.node()}",
             hint="trainer.devices=auto takes what was started; or\n"
-            + _lines(max(1, ranks.world_size // ranks.local_world_size), trainer.devices),
+            + shape_lines(ranks.num_nodes, trainer.devices),
         )
-    num_nodes = -(-ranks.world_size // ranks.local_world_size)
-    if trainer.num_nodes != "auto" and trainer.num_nodes != num_nodes:
+    if trainer.num_nodes != "auto" and trainer.num_nodes != ranks.num_nodes:
         raise UserError(
-            f"trainer.num_nodes={trainer.num_nodes}, and the run was started on {num_nodes}",
+            f"trainer.num_nodes={trainer.num_nodes}, and the run was started on {ranks.num_nodes}",
             hint="trainer.num_nodes=auto; or, started with srun,\n"
-            + _lines(trainer.num_nodes, ranks.local_world_size),
+            + shape_lines(trainer.num_nodes, ranks.local_world_size),
         )
-
-
-def _lines(num_nodes: int, num_gpus: int) -> str:
-    """The lines of a batch script with which it works."""
-    return (
-        "in place of the job's lines on tasks and GPUs (and of srun's own):\n"
-        f"#SBATCH --nodes={num_nodes}\n"
-        f"#SBATCH --ntasks-per-node={num_gpus}\n"
-        f"#SBATCH --gpus-per-node={num_gpus}"
-    )

@@ -28,8 +28,8 @@ _RANK_COLUMNS_MULTIPLE = 64
 _SLOT_MULTIPLE = 16
 
 
-class QuantizedWeight(Protocol):
-    """A frozen weight that is written out dense whenever it is needed."""
+class OnDemandWeight(Protocol):
+    """A frozen weight, quantized or sharded, that is written out dense whenever it is needed."""
 
     shape: tuple[int, int]
 
@@ -41,7 +41,7 @@ class QuantizedWeight(Protocol):
 class AdaptedLinear:
     """One linear layer of a group, as its owner holds it."""
 
-    weight: torch.Tensor | QuantizedWeight
+    weight: torch.Tensor | OnDemandWeight
     """Frozen, (N, K)."""
     bias: torch.Tensor | None = None
     """Frozen, (N,)."""
@@ -79,10 +79,10 @@ class AugmentedGroup:
     """W_aug of one projection group.
 
     Args:
-        linears: the group's linear layers, all (*, K), all dense or all quantized.
+        linears: the group's linear layers, all (*, K), all dense or all on demand.
         dtype: of the working copies and the products.
         device: where the buffer lies.
-        scratch: dense buffers of quantized groups, by shape; groups share them.
+        scratch: dense buffers of groups with weights on demand, by shape; groups share them.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class AugmentedGroup:
         self.rank_columns = _round_up(column + has_bias, _RANK_COLUMNS_MULTIPLE)
 
         n, k, p = self.num_out, self.num_in, self.rank_columns
-        self.is_quantized = not isinstance(linears[0].weight, torch.Tensor)
-        if self.is_quantized:
+        self.is_on_demand = not isinstance(linears[0].weight, torch.Tensor)
+        if self.is_on_demand:
             assert scratch is not None
             if (n, k, p) not in scratch:
                 scratch[n, k, p] = torch.zeros(n + p, k + p, dtype=dtype, device=device)
@@ -137,8 +137,8 @@ class AugmentedGroup:
         return self._buffer[slot.rows, : self.num_in]
 
     def buffer(self) -> torch.Tensor:
-        """Return W_aug, (N+P, K+P); of a quantized group valid until the next call on any group."""
-        if self.is_quantized:
+        """Return W_aug, (N+P, K+P); one on demand is valid until the next call on any group."""
+        if self.is_on_demand:
             n, k = self.num_out, self.num_in
             for linear, slot in zip(self.linears, self.slots, strict=True):
                 assert not isinstance(linear.weight, torch.Tensor)

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_kernels.rope import HeadNorms
+from lora_kernels.sharded import class_before_sharding
+
+# what may be under FSDP2
+_SHARDED_PARTS = ("Model", "DecoderLayer")
 
 
 def _no_window(attention: Any) -> int | None:
@@ -32,7 +36,9 @@ class Family:
 
     def is_own(self, part: Any, name: str) -> bool:
         """Whether a part of a model is of the family's class of that name, and of no other."""
-        return (type(part).__module__, type(part).__name__) == (self.module, self.prefix + name)
+        # the parts inside of a layer are gathered with it, or not at all
+        found = class_before_sharding(part) if name in _SHARDED_PARTS else type(part)
+        return (found.__module__, found.__name__) == (self.module, self.prefix + name)
 
     def head_norms(self, attention: Any) -> HeadNorms | None:
         """Return the head norms of an attention layer."""

@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels import launch
 from lora_kernels.arguments import accumulator
-from lora_kernels.augmented import QuantizedWeight, thin_product
+from lora_kernels.augmented import OnDemandWeight, thin_product
 from lora_kernels.dropout import Dropout, draw, drop
 from lora_kernels.project import add_masked_product, dropped
 
@@ -172,7 +172,7 @@ def _lora_product(
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor | QuantizedWeight | AugmentedWeight,
+    weight: torch.Tensor | OnDemandWeight | AugmentedWeight,
     bias: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
@@ -215,7 +215,7 @@ class LoraLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor | QuantizedWeight | AugmentedWeight,
+        weight: torch.Tensor | OnDemandWeight | AugmentedWeight,
         bias: torch.Tensor | None,
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
@@ -393,7 +393,7 @@ def _working_copies(
 
 
 def _dense(
-    weight: torch.Tensor | QuantizedWeight | AugmentedWeight, like: torch.Tensor
+    weight: torch.Tensor | OnDemandWeight | AugmentedWeight, like: torch.Tensor
 ) -> torch.Tensor:
     """Return W (N, K) on the device and in the dtype of `like`."""
     if isinstance(weight, torch.Tensor):
@@ -446,7 +446,7 @@ def _rank_block(rank: int) -> int:
 
 def _check_arguments(
     x: torch.Tensor,
-    weight: torch.Tensor | QuantizedWeight | AugmentedWeight,
+    weight: torch.Tensor | OnDemandWeight | AugmentedWeight,
     bias: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,

@@ -1,10 +1,10 @@
 """The whole-decoder path for PEFT models of the Llama family: taken where it holds, undone at will.
 
 The decoder's `forward` is replaced on the instance. Weights stay where PEFT and transformers look
-for them: `base_layer.weight` becomes a view of the group's buffer, `lora_A` and `lora_B` are the
-parameters that are trained. At each call the model is looked at anew, and whatever the fused path
-does not do (several adapters, disabled or merged ones, a cache for generating, an attention mask,
-hooks) goes the way it went before.
+for them: `base_layer.weight` becomes a view of the group's buffer (a quantized or sharded one stays
+as it is), `lora_A` and `lora_B` are the parameters that are trained. At each call the model is
+looked at anew, and whatever the fused path does not do (several adapters, disabled or merged ones,
+a cache for generating, an attention mask, hooks) goes the way it went before.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lora_kernels.augmented import AdaptedLinear, AugmentedGroup
+from lora_kernels.augmented import AdaptedLinear, AugmentedGroup, OnDemandWeight
 from lora_kernels.cross_entropy import linear_cross_entropy
 from lora_kernels.decoder import DecoderStack
 from lora_kernels.decoder_layer import DecoderLayer, Sequences
@@ -33,6 +34,7 @@ from lora_kernels.peft_obstacles import (
     linear_of,
 )
 from lora_kernels.peft_watch import ModelWatch
+from lora_kernels.sharded import ShardedLayers, ShardedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +68,15 @@ class FusedDecoder:
         scratch: dict[tuple[int, int, int], torch.Tensor] = {}
         family = family_of(self.decoder)
         assert family is not None
+        own_layers = self.decoder.layers[: self.decoder.config.num_hidden_layers]
+        self._sharded: ShardedLayers | None = None
+        if isinstance(own_layers[0], FSDPModule):
+            self._sharded = ShardedLayers(list(own_layers))
         layers = []
-        for index, layer in enumerate(self.decoder.layers[: self.decoder.config.num_hidden_layers]):
+        for index, layer in enumerate(own_layers):
             attention = layer.self_attn
             groups = {
-                name: self._group([layer.get_submodule(path) for path in paths], scratch)
+                name: self._group([layer.get_submodule(path) for path in paths], index, scratch)
                 for name, paths in GROUPS.items()
             }
             layers.append(
@@ -98,15 +104,16 @@ class FusedDecoder:
         self._base.save_pretrained = self._save_pretrained
 
     def _group(
-        self, modules: list[nn.Module], scratch: dict[tuple[int, int, int], torch.Tensor]
+        self,
+        modules: list[nn.Module],
+        index: int,
+        scratch: dict[tuple[int, int, int], torch.Tensor],
     ) -> AugmentedGroup:
         linears, dropouts = [], []
         for module in modules:
             base = linear_of(module)
-            weight = base.weight
             adapted = AdaptedLinear(
-                Nf4Weight(weight) if is_nf4(base) else weight.data,
-                None if base.bias is None else base.bias.data,
+                self._weight(base, index), None if base.bias is None else base.bias.data
             )
             if isinstance(module, LoraLayer) and self.adapter in module.lora_A:
                 self._lora_layers.append(module)
@@ -122,12 +129,19 @@ class FusedDecoder:
         group = AugmentedGroup(linears, self.dtype, self.device, scratch=scratch)
         if any(isinstance(dropout, nn.Dropout) for dropout in dropouts):
             self._dropouts.append((group, dropouts))
-        if not group.is_quantized:
+        if not group.is_on_demand:
             for module, slot in zip(modules, group.slots, strict=True):
                 base = linear_of(module)
                 base.weight.data = group.weight_view(slot)
                 self._views.append((base.weight.data, base))
         return group
+
+    def _weight(self, base: Any, index: int) -> torch.Tensor | OnDemandWeight:
+        if is_nf4(base):
+            return Nf4Weight(base.weight)
+        if self._sharded is not None:
+            return ShardedWeight(base, self._sharded, index)
+        return base.weight.data
 
     def undo(self) -> None:
         """Put the decoder's own forward back and give each weight its own memory again."""
@@ -135,6 +149,8 @@ class FusedDecoder:
             return
         del self.decoder.forward, self._base.save_pretrained
         self.stack = None
+        if self._sharded is not None:
+            self._sharded.begin()
         # a buffer is freed with the last of its views
         while self._views:
             view, base = self._views.pop()
@@ -222,6 +238,8 @@ class FusedDecoder:
             for half in rotations
         )
         self._readopt_weights()
+        if self._sharded is not None:
+            self._sharded.begin()
         assert self.stack is not None
         self.stack.set_scalings([layer.scaling[self.adapter] for layer in self._lora_layers])
         hidden = inputs_embeds.to(self.dtype).flatten(0, 1)

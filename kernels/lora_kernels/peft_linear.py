@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_kernels.dropout import Dropout
-from lora_kernels.lora_linear import DTYPES, MAX_RANK, QuantizedWeight, lora_linear
+from lora_kernels.lora_linear import DTYPES, MAX_RANK, OnDemandWeight, lora_linear
 from lora_kernels.peft_obstacles import has_hooks
 
 
@@ -81,7 +81,7 @@ class _FusedForward:
     def _base_dtype(self: Any, x: torch.Tensor) -> torch.dtype:
         return self.base_layer.weight.dtype
 
-    def _frozen_weight(self: Any) -> torch.Tensor | QuantizedWeight:
+    def _frozen_weight(self: Any) -> torch.Tensor | OnDemandWeight:
         return self.base_layer.weight
 
 
@@ -119,7 +119,7 @@ if is_bnb_4bit_available():
             # None until the first call, which sets it by its input
             return self.base_layer.compute_dtype or x.dtype
 
-        def _frozen_weight(self) -> QuantizedWeight:
+        def _frozen_weight(self) -> OnDemandWeight:
             return _DequantizedWeight(self.base_layer.weight)
 
     class _DequantizedWeight:

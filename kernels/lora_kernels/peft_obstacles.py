@@ -9,8 +9,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lora_kernels.families import GROUPS, Family, family_of
+from lora_kernels.sharded import is_sharded, sharding_hook
 
 # whatever attends causally over all earlier tokens gives what the kernels do
 ATTENTIONS = {
@@ -69,12 +72,16 @@ def is_nf4(base: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something runs at a module's call beside its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    """Whether something runs at a module's call beside its forward; FSDP2's gathering aside."""
+    return any(
+        not sharding_hook(module, hook)
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        for hook in hooks.values()
     )
 
 
@@ -156,11 +163,16 @@ def _adapter_obstacle(model: PeftModel, decoder: Any) -> str | None:
 def _weights_obstacle(decoder: Any) -> str | None:
     dtype, device = decoder.norm.weight.dtype, decoder.norm.weight.device
     seen: set[int] = set()
-    for layer in decoder.layers:
+    are_sharded = isinstance(decoder.layers[0], FSDPModule)
+    for number, layer in enumerate(decoder.layers):
+        if isinstance(layer, FSDPModule) != are_sharded:
+            return f"layer {number} and layer 0 are not both sharded"
         for paths in GROUPS.values():
             bases = [linear_of(layer.get_submodule(path)) for path in paths]
             if len({is_nf4(base) for base in bases}) > 1:
                 return f"{' and '.join(paths)} are not all nf4"
+            if any(is_sharded(base) != are_sharded for base in bases):
+                return f"{' and '.join(paths)} are not sharded as their layer is, by rows"
             for path, base in zip(paths, bases, strict=True):
                 if id(base.weight) in seen:
                     return f"several layers share the weight of {path}"
@@ -170,6 +182,8 @@ def _weights_obstacle(decoder: Any) -> str | None:
                 if not is_nf4(base) and base.weight.dtype != dtype:
                     return f"{path} is {base.weight.dtype}, the norms are {dtype}"
     for name, parameter in decoder.layers.named_parameters():
+        if isinstance(parameter, DTensor) and parameter.ndim < 2:
+            return f"layers.{name} is sharded"
         if parameter.device != device:
             return f"layers.{name} is on {parameter.device}, the last norm on {device}"
         if parameter.requires_grad and "lora_" not in name:

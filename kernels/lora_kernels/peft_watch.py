@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lora_kernels.peft_obstacles import is_altered
 
@@ -47,7 +48,8 @@ class ModelWatch:
             return
         self._modules.append((owner, name, module))
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            # FSDP2 exchanges shard and whole; what stands there is read whenever it is needed
+            if parameter is not None and not isinstance(parameter, DTensor):
                 # dense weights of the projections are moved and taken back by the fused decoder;
                 # those of adapters may move, as each pass looks where they are
                 may_move = parameter.ndim == 2 and not hasattr(parameter, "quant_state")
