@@ -178,9 +178,9 @@ def _train(words: Sequence[str]) -> int:
 
     parsed = parse_command_line(words)
     config = parsed.resolve()
-    check_trackers(config)
     if parsed.dry_run:
         gradient_accumulation_steps(config, planned_world_size(config))
+        check_trackers(config)
         print(to_yaml(config), end="")
         return exit_status.OK
 
@@ -190,6 +190,7 @@ def _train(words: Sequence[str]) -> int:
     machine = this_machine(tuple(words), run_follows=True)
     ranks = find_ranks(config, machine.count_devices)
     gradient_accumulation_steps(config, ranks.world_size)
+    check_trackers(config)
     if parsed.factory is None and parsed.config_file is None and ranks.speaks_for_run:
         print(
             f"no --factory given: running the embedded `{DEFAULT_FACTORY}`\n"

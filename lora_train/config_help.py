@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import textwrap
 import typing
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_train.exit_status import EXIT_STATUS_HELP
 _INTRODUCTION = """\
 usage: lora-train [--factory NAME] [--config FILE] [KEY=VALUE ...] [--dry-run]
        lora-train preflight [the same words] [--json]
+       lora-train sbatch --gpus N [--time T] [--submit] -- [the same words]
        lora-train generate RUN [--prompt TEXT]
 
 Fine-tune a large language model with LoRA: the base weights W stay frozen, only the low-rank
@@ -26,6 +28,7 @@ stopped.
   lora-train                                        the embedded quickstart, on CPU or GPU
   lora-train --factory llama31_8b --max-steps 250   Llama-3.1-8B on one GPU
   lora-train --factory qwen3_8b data.path=chats.jsonl optim.lr=1e-4
+  lora-train sbatch --gpus 4 -- --factory llama31_8b   a batch script that fits this cluster
   lora-train preflight --factory llama31_8b         check this machine for a run, and run nothing
   lora-train generate runs/quickstart               talk to the result
 
@@ -40,6 +43,9 @@ options:
 
 Every key below can be set three ways: `trainer.max_steps=250`, `--max-steps 250` (a last name that
 is unique; others list their candidates), or in a --config file. Lists are [a,b], nothing is null.
+
+A run takes all GPUs that it sees, in a Slurm job of any shape: started by srun with a task for each
+GPU or for each node, without srun, by torchrun, or on a workstation.
 
 Before a run, and with `preflight`, the machine is checked: GPU, container, driver, imports, disks,
 locks, model, data. What would fail is refused with exit status 2 and the line that mends it.
@@ -89,7 +95,8 @@ def _default(dotted: str) -> str:
 
 def help_text() -> str:
     """All of `lora-train --help`."""
-    lines = [_INTRODUCTION.format(recipes=", ".join(recipe_names()))]
+    names = textwrap.wrap(", ".join(recipe_names()), 76)
+    lines = [_INTRODUCTION.format(recipes=("\n" + " " * 20).join(names))]
     section = ""
     for dotted in leaf_types():
         if dotted.partition(".")[0] != section:

@@ -202,8 +202,8 @@ class Watch:
     def _end(self, end: dict[str, Any], *, has_store: bool = True) -> None:
         """End this process, whatever its main thread waits for."""
         rank = end["rank"]
-        # the one that failed has said it in its own words; it may be gone before it could
-        if self._rank == 0 or (rank == 0 and self._rank == 1):
+        # of process 0 it has said it itself, unless it is gone
+        if self._rank == 0 or (not has_store and self._rank == 1):
             text = f"error: rank {rank} on {self._hosts[rank]}: {end['message']}\n"
             if end["hint"]:
                 text += f"hint: {end['hint']}\n"

@@ -1,7 +1,7 @@
 """Training steps on several GPUs: their speed, what the sum of the gradients costs, the same curve.
 
     torchrun --nproc-per-node 4 kernels/benchmarks/benchmark_data_parallel.py
-    torchrun --nproc-per-node 4 ... --strategy fsdp2 --shape 70b --layers 12
+    torchrun --nproc-per-node 4 ... --strategy fsdp2 --shape 70b --checkpointing
     torchrun --nproc-per-node 4 ... --loss-curve 60
 
 Each GPU has 8192 random tokens a step, in 4 sequences. A timed step begins on all GPUs at once;
@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from benchmark_loading import make_checkpoint
 from benchmark_training_step import UNIFORM, WARMUP, llama31_8b
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -91,8 +92,7 @@ def sharded_base(shape: LlamaConfig, config: Config, accelerator: Accelerator) -
     device, is_main = accelerator.device, accelerator.is_main_process
     [folder] = broadcast_object_list([tempfile.mkdtemp() if is_main else None])
     if is_main:
-        random_base(shape, device).save_pretrained(folder)
-        torch.cuda.empty_cache()
+        make_checkpoint(Path(folder), shape)
     accelerator.wait_for_everyone()
     config = replace(config, model=ModelConfig(path=folder))
     mesh = make_mesh(config, device, DTYPE)
@@ -118,6 +118,9 @@ def start_trainer(
         base = random_base(shape, accelerator.device)
     torch.manual_seed(config.trainer.seed)
     model = attach_adapter(base, config).train()
+    if config.trainer.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     fusion = fuse_model(model, config, accelerator.device)
     return make_trainer(config, model, data, accelerator, fusion)
 
@@ -154,7 +157,11 @@ def measure(arguments: argparse.Namespace, accelerator: Accelerator) -> Row:
         data=DataConfig(
             path="random", global_batch_size=size * num_processes, micro_batch_size=size
         ),
-        trainer=TrainerConfig(max_steps=max_steps, strategy=arguments.strategy),
+        trainer=TrainerConfig(
+            max_steps=max_steps,
+            strategy=arguments.strategy,
+            gradient_checkpointing=arguments.checkpointing,
+        ),
     )
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, shape.vocab_size, length) for length in UNIFORM * num_processes]
@@ -218,6 +225,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SIZES, default="8b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
+    parser.add_argument("--checkpointing", action="store_true", help="keep a layer's input alone")
     parser.add_argument("--loss-curve", type=int, metavar="STEPS", help="train instead of timing")
     parser.add_argument("--result", type=Path, default=RESULTS, help="file that gets the row")
     arguments = parser.parse_args()
@@ -231,6 +239,7 @@ def main() -> None:
         "gpus": accelerator.num_processes,
         "gpus_per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "strategy": arguments.strategy,
+        "checkpointing": arguments.checkpointing,
         **measured,
         "commit": subprocess.run(command, capture_output=True, text=True).stdout.strip() or None,
         "python": platform.python_version(),

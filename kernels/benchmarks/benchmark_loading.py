@@ -6,8 +6,8 @@
 Makes a checkpoint with layers of Llama-3.1-70B's shape (1.7 GB each, all with the same random
 weights; embedding and head 4.2 GB) if FOLDER has none, loads it by `load_base_model` and prints a
 row of JSON for each process. What grows with the number of layers shows with two of them. Host
-memory is RssAnon, which has to be there, and RssFile, pages of the files, which the kernel takes
-back when it needs room.
+memory is RssAnon, which has to be there, and RssFile (RssShmem in /dev/shm), pages of the files,
+which the kernel takes back when it needs room.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lora_train.model_size import linear_shapes
 from lora_train.sharding import make_mesh
 
 _INTERVAL_SECONDS = 0.01
+_WRITERS = 16
 
 
 def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
@@ -62,11 +64,15 @@ def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
     layer = {name: weight(rows, columns) for name, (columns, rows) in shapes.items()}
     for norm in ("input_layernorm", "post_attention_layernorm"):
         layer[norm] = torch.ones(hidden, dtype=torch.bfloat16)
-    for number in range(config.num_hidden_layers):
+
+    def write_layer(number: int) -> None:
         write(
             f"layer-{number:03d}.safetensors",
             {f"model.layers.{number}.{name}.weight": matrix for name, matrix in layer.items()},
         )
+
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        list(writers.map(write_layer, range(config.num_hidden_layers)))
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": places})
     )
@@ -103,7 +109,7 @@ class HostMemory:
     @staticmethod
     def _read() -> dict[str, int]:
         text = Path("/proc/self/status").read_text()
-        found = dict(re.findall(r"^Rss(Anon|File):\s+(\d+)", text, re.MULTILINE))
+        found = dict(re.findall(r"^Rss(Anon|File|Shmem):\s+(\d+)", text, re.MULTILINE))
         return {name.lower(): int(kib) for name, kib in found.items()}
 
 

@@ -192,7 +192,8 @@ def _read_factory(command: _Command) -> tuple[str, dict[str, str]]:
     name, has_arguments, arguments = command.factory.strip().partition("(")
     name = name.strip()
     if name not in known and name not in known.values():
-        nearest = [ours for ours in recipe_names() if name and ours.startswith(name)]
+        # the one for a single GPU first
+        nearest = [ours for ours in reversed(recipe_names()) if name and ours.startswith(name)]
         line = (
             ["--factory", nearest[0]]
             if nearest

@@ -184,10 +184,11 @@ def test_the_shape_of_the_job(configured, monkeypatch):
 def test_shared_memory(machine, root, configured, monkeypatch):
     assert [each.level for each in check_shm(machine, configured())] == ["ok"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert [each.level for each in check_shm(machine, configured())] == ["skipped"]
+    configured_for_two = configured("data.global_batch_size=2")
+    assert [each.level for each in check_shm(machine, configured_for_two)] == ["skipped"]
     (root / "dev/shm").mkdir(parents=True)
     monkeypatch.setattr("lora_train.preflight.processes._SHM_BYTES", 2**60)
-    [finding] = check_shm(machine, configured())
+    [finding] = check_shm(machine, configured_for_two)
     assert finding.level == "warning"
     assert "--shm-size=8g" in finding.mend
 
@@ -196,9 +197,9 @@ def test_shared_memory(machine, root, configured, monkeypatch):
     ("variables", "words", "run_follows", "expected"),
     [
         ({}, (), True, 1),
-        ({"CUDA_VISIBLE_DEVICES": "0,1"}, (), True, 2),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, ("data.global_batch_size=2",), True, 2),
         ({}, ("trainer.devices=a100:2",), False, 2),
-        ({}, ("trainer.devices=2",), True, 2),
+        ({}, ("trainer.devices=2", "data.global_batch_size=2"), True, 2),
     ],
 )
 def test_processes_of_a_node(

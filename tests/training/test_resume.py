@@ -548,11 +548,15 @@ class TestRefusals:
             "hint: data.micro_batch_size=1 or 2 or 3 or 6, or data.global_batch_size=4 or 8\n"
         )
 
-    def test_devices_that_nobody_started(
-        self, words_with: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+    def test_more_devices_than_there_are(
+        self,
+        words_with: Callable[..., list[str]],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
         message = self.refusal(words_with("trainer.devices=2"), capsys)
-        assert "means 2 processes; this run was started with 1" in message
+        assert "trainer.devices=2, and 1 GPU(s) are visible on " in message
 
     def test_missing_tracker(
         self,
