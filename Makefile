@@ -59,6 +59,10 @@ test: $(DEV_STAMP) setup  ## run the tests; ARGS='-k NAME' goes to pytest
 test-image: $(DEV_STAMP)  ## build both images and run them: after tests/image/install_tools.sh, as root
 	@$(VENV)/bin/pytest -rs tests/image $(ARGS)
 
+.PHONY: test-slurm
+test-slurm: $(DEV_STAMP) setup  ## start a Slurm here and run jobs: after tests/cluster/install_tools.sh, as root
+	@$(VENV)/bin/pytest -rs tests/cluster $(ARGS)
+
 .PHONY: test-gpu
 test-gpu: $(DEV_STAMP) setup  ## on a GPU: the kernels against truth, then under compute-sanitizer
 	@$(VENV)/bin/python -c "import torch; raise SystemExit(not torch.cuda.is_available())" \

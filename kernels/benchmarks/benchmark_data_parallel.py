@@ -7,7 +7,8 @@
 Each GPU has 8192 random tokens a step, in 4 sequences. A timed step begins on all GPUs at once;
 every other one leaves the sums over the GPUs out, so that both kinds see the same clocks. Of each
 kind the median of the slowest GPU counts. With --loss-curve a tiny model learns to count, from the
-same global batches on any number of GPUs. Appends one JSON row; --shape tiny runs on CPUs, too.
+same global batches on any number of GPUs. For fsdp2 and nf4 a model is written to --folder,
+unless one is there, and loaded as a run does. Appends one JSON row; --shape tiny runs on CPUs, too.
 """
 
 from __future__ import annotations
@@ -16,13 +17,10 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -33,8 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from benchmark_loading import make_checkpoint
+from accelerate.utils import gather_object
+from benchmark_loading import HostMemory, make_checkpoint
 from benchmark_training_step import UNIFORM, WARMUP, llama31_8b
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -87,24 +85,27 @@ def random_base(shape: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
     return model.requires_grad_(False)
 
 
-def sharded_base(shape: LlamaConfig, config: Config, accelerator: Accelerator) -> PreTrainedModel:
-    """Let the main process write such a model, and all of them load it as a run does."""
-    device, is_main = accelerator.device, accelerator.is_main_process
-    [folder] = broadcast_object_list([tempfile.mkdtemp() if is_main else None])
-    if is_main:
-        make_checkpoint(Path(folder), shape)
+def loaded_base(
+    shape: LlamaConfig, config: Config, accelerator: Accelerator, row: Row
+) -> PreTrainedModel:
+    """Let the main process write such a model, unless it is there; all load it as a run does."""
+    folder = Path(config.model.path)
+    if accelerator.is_main_process:
+        make_checkpoint(folder, shape)
     accelerator.wait_for_everyone()
-    config = replace(config, model=ModelConfig(path=folder))
-    mesh = make_mesh(config, device, DTYPE)
-    model = load_base_model(config.model, DTYPE, device, mesh)
-    accelerator.wait_for_everyone()
-    if is_main:
-        shutil.rmtree(folder)
+    mesh = make_mesh(config, accelerator.device, DTYPE)
+    begun = time.perf_counter()
+    with HostMemory() as host:
+        model = load_base_model(config.model, DTYPE, accelerator.device, mesh)
+    row |= {"load_seconds": time.perf_counter() - begun, **host.gib()}
+    if ON_GPU:
+        row["load_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["weights_gib"] = torch.cuda.memory_allocated() / 2**30
     return model
 
 
 def start_trainer(
-    config: Config, shape: LlamaConfig, rows: list[np.ndarray], accelerator: Accelerator
+    config: Config, shape: LlamaConfig, rows: list[np.ndarray], accelerator: Accelerator, row: Row
 ) -> Trainer:
     """Put the trainer of a run together."""
     examples = TokenizedSet.of(
@@ -112,8 +113,8 @@ def start_trainer(
     )
     data = PreparedData(examples, one_per_pack(len(rows)), None, None, None, "")  # type: ignore[arg-type]
     compute_deterministically()
-    if config.trainer.strategy == "fsdp2":
-        base = sharded_base(shape, config, accelerator)
+    if config.trainer.strategy == "fsdp2" or config.model.quantization is not None:
+        base: PreTrainedModel = loaded_base(shape, config, accelerator, row)
     else:
         base = random_base(shape, accelerator.device)
     torch.manual_seed(config.trainer.seed)
@@ -153,7 +154,7 @@ def measure(arguments: argparse.Namespace, accelerator: Accelerator) -> Row:
     shape = model_shape(arguments.shape, arguments.layers)
     max_steps = WARMUP + 2 * arguments.steps
     config = Config(
-        model=ModelConfig(path="random"),
+        model=ModelConfig(path=str(arguments.folder), quantization=arguments.quantization),
         data=DataConfig(
             path="random", global_batch_size=size * num_processes, micro_batch_size=size
         ),
@@ -165,7 +166,8 @@ def measure(arguments: argparse.Namespace, accelerator: Accelerator) -> Row:
     )
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, shape.vocab_size, length) for length in UNIFORM * num_processes]
-    trainer = start_trainer(config, shape, rows, accelerator)
+    loading: Row = {}
+    trainer = start_trainer(config, shape, rows, accelerator, loading)
     for _ in range(WARMUP):
         trainer.train_step()
     if ON_GPU:
@@ -193,6 +195,7 @@ def measure(arguments: argparse.Namespace, accelerator: Accelerator) -> Row:
         "step_ms": step * 1e3,
         "gradient_mb": num_trained * 4 / 1e6,
         "max_memory_allocated_gib": max(gather_object([peak])) / 2**30,
+        **loading,
     }
     if num_processes > 1:
         row["step_ms_without_sums"] = step_without_sums * 1e3
@@ -205,7 +208,7 @@ def loss_curve(arguments: argparse.Namespace, accelerator: Accelerator) -> Row:
     """Train the tiny model to go on counting in steps, which each sequence has its own of."""
     shape = model_shape("tiny", arguments.layers)
     config = Config(
-        model=ModelConfig(path="random"),
+        model=ModelConfig(path=str(arguments.folder), quantization=arguments.quantization),
         data=DataConfig(path="random", global_batch_size=CURVE_BATCH, micro_batch_size=1),
         optim=OptimConfig(lr=5e-3),
         trainer=TrainerConfig(max_steps=arguments.loss_curve, strategy=arguments.strategy),
@@ -213,7 +216,7 @@ def loss_curve(arguments: argparse.Namespace, accelerator: Accelerator) -> Row:
     rng = np.random.default_rng(0)
     starts, strides = rng.integers(0, shape.vocab_size, 512), rng.integers(1, 8, 512)
     rows = list((starts[:, None] + strides[:, None] * np.arange(128)) % shape.vocab_size)
-    trainer = start_trainer(config, shape, rows, accelerator)
+    trainer = start_trainer(config, shape, rows, accelerator, {})
     losses = [trainer.train_step().loss for _ in range(arguments.loss_curve)]
     return {"benchmark": "loss_curve", "global_batch_size": CURVE_BATCH, "losses": losses}
 
@@ -225,6 +228,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SIZES, default="8b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
+    parser.add_argument("--quantization", choices=("nf4",))
+    parser.add_argument("--folder", type=Path, default=Path("/var/tmp/data_parallel"))
     parser.add_argument("--checkpointing", action="store_true", help="keep a layer's input alone")
     parser.add_argument("--loss-curve", type=int, metavar="STEPS", help="train instead of timing")
     parser.add_argument("--result", type=Path, default=RESULTS, help="file that gets the row")
@@ -239,6 +244,7 @@ def main() -> None:
         "gpus": accelerator.num_processes,
         "gpus_per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "strategy": arguments.strategy,
+        "quantization": arguments.quantization,
         "checkpointing": arguments.checkpointing,
         **measured,
         "commit": subprocess.run(command, capture_output=True, text=True).stdout.strip() or None,

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from lora_train.model_size import linear_shapes
 from lora_train.sharding import make_mesh
 
 _INTERVAL_SECONDS = 0.01
-_WRITERS = 16
+_NUM_WRITERS = 8
 
 
 def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
@@ -46,36 +46,40 @@ def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
     hidden = config.hidden_size
     shapes = linear_shapes(config.to_dict())
     assert shapes is not None
-    places: dict[str, str] = {}
-
-    def write(name: str, weights: dict[str, torch.Tensor]) -> None:
-        save_file(weights, folder / name, metadata={"format": "pt"})
-        places.update(dict.fromkeys(weights, name))
 
     def weight(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16).normal_(0, 0.02)
 
-    ends = {name: weight(config.vocab_size, hidden) for name in ("lm_head", "model.embed_tokens")}
-    write(
-        "ends.safetensors",
-        {f"{name}.weight": matrix for name, matrix in ends.items()}
-        | {"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)},
-    )
+    names = ("lm_head", "model.embed_tokens")
+    ends = {f"{name}.weight": weight(config.vocab_size, hidden) for name in names}
+    ends["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    save_file(ends, folder / "ends.safetensors", metadata={"format": "pt"})
+    places = dict.fromkeys(ends, "ends.safetensors")
     layer = {name: weight(rows, columns) for name, (columns, rows) in shapes.items()}
     for norm in ("input_layernorm", "post_attention_layernorm"):
         layer[norm] = torch.ones(hidden, dtype=torch.bfloat16)
 
-    def write_layer(number: int) -> None:
-        write(
-            f"layer-{number:03d}.safetensors",
-            {f"model.layers.{number}.{name}.weight": matrix for name, matrix in layer.items()},
-        )
+    def write_some(first: int) -> None:
+        for number in range(first, config.num_hidden_layers, _NUM_WRITERS):
+            weights = {f"model.layers.{number}.{name}.weight": each for name, each in layer.items()}
+            save_file(weights, folder / _layer_file(number), metadata={"format": "pt"})
 
-    with ThreadPoolExecutor(_WRITERS) as writers:
-        list(writers.map(write_layer, range(config.num_hidden_layers)))
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": places})
-    )
+    # forked: they share the layer's weights
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_some, args=(first,)) for first in range(_NUM_WRITERS)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    for number in range(config.num_hidden_layers):
+        for name in layer:
+            places[f"model.layers.{number}.{name}.weight"] = _layer_file(number)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _layer_file(number: int) -> str:
+    return f"layer-{number:03d}.safetensors"
 
 
 class HostMemory:
