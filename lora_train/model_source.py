@@ -222,7 +222,14 @@ def _check_folder(folder: Path, config: ModelConfig) -> None:
         gguf = sorted(folder.glob("*.gguf"))
         hint = f"model.path={gguf[0]}" if gguf else "name the folder that holds config.json"
         raise UserError(f"model.path={folder} has no config.json", hint=hint)
-    if any(any(folder.glob(pattern)) for pattern in _SAFE_WEIGHTS):
+    weights = [file for pattern in _SAFE_WEIGHTS for file in folder.glob(pattern)]
+    unreadable = [file for file in weights if not os.access(file, os.R_OK)]
+    if unreadable:  # safetensors makes files that their owner alone may read
+        raise UserError(
+            f"model.path={folder}: {unreadable[0].name} may not be read by this user",
+            hint=f"its owner can mend it: chmod -R a+rX {folder}",
+        )
+    if weights:
         return
     pickled = any(any(folder.glob(pattern)) for pattern in _PICKLED_WEIGHTS)
     if not pickled:

@@ -245,13 +245,6 @@ def _judge_tasks(step: SlurmStep, num_devices: int) -> str | None:
             f"each task has {num_devices} GPUs of its own, and a process takes one",
             hint=shape_lines(num_nodes, step.gpus_on_node or num_devices),
         )
-    if len(set(step.tasks_per_node)) > 1 and not step.has_own_gpus:
-        spread = ", ".join(map(str, step.tasks_per_node))
-        raise UserError(
-            f"{step.num_tasks} tasks are spread over {num_nodes} nodes as {spread}: "
-            "the nodes have as many GPUs each",
-            hint=shape_lines(num_nodes, available),
-        )
     if available > here:
         return (
             f"{available - here} of the job's {available} GPUs on {platform.node()} stay idle: "

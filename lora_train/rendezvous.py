@@ -113,6 +113,8 @@ class Group:
         if isinstance(error, KeyboardInterrupt):
             status, message = 75, "stopped"
         self.watch.announce(status, message, getattr(error, "hint", None))
+        if isinstance(error, LoraTrainError):
+            error.message = f"rank {self.rank} on {self.hosts[self.rank]}: {message}"
         # torch would wait for a group that is broken
         atexit.register(_exit_at_once, status)
 

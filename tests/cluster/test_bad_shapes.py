@@ -20,7 +20,6 @@ _LINE = re.compile(r"^#SBATCH (--\S+)$", re.MULTILINE)
     ("options", "num_tasks"),
     [
         ("--ntasks=3 --gpus-per-node=2", 3),
-        ("--nodes=2 --ntasks=3 --gpus-per-node=2", 3),
         ("--ntasks=2 --gpus-per-task=2", 2),
         # a task on each node, and two GPUs on one, one on the other
         ("--nodes=2 --ntasks-per-node=1 --gpus=3", 2),

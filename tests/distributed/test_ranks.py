@@ -136,6 +136,15 @@ class TestTasks:
         assert place(found) == (0, 2, 0, 2, 0)
         assert found.warning is not None and "2 of the job's 4 GPUs" in found.warning
 
+    def test_uneven_tasks(self, task: Any) -> None:
+        """Each has a GPU of its own, which is all that it needs."""
+        task("3,1", 3, 0, 1, GPUS_ON_NODE=1)
+        assert place(ranks(1)) == (3, 4, 0, 1, 0)
+        task("2,1", 2, 0, 1, GPUS_ON_NODE=2)
+        found = ranks(2)
+        assert place(found) == (2, 3, 0, 1, 0)
+        assert found.warning is not None and "1 of the job's 2 GPUs" in found.warning
+
     def test_cpu(self, task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         task("2", 1, 1)
         assert place(ranks(0)) == (1, 2, 1, 2, 0)
@@ -159,13 +168,6 @@ class TestBadShapes:
         assert error.hint.splitlines()[1:] == [
             "#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=2", "#SBATCH --gpus-per-node=2",
         ]  # fmt: skip
-
-    @pytest.mark.parametrize(("number", "local", "node"), [(0, 0, 0), (2, 0, 1)])
-    def test_uneven_tasks(self, task: Any, number: int, local: int, node: int) -> None:
-        task("2,1", number, local, node, GPUS_ON_NODE=2)
-        error = refusal(2)
-        assert "spread over 2 nodes as 2, 1" in error.message
-        assert error.hint is not None and "#SBATCH --nodes=2" in error.hint
 
     def test_a_node_without_devices(self, task: Any) -> None:
         task("1(x2)", 1, 0, 1, GPUS=1)
