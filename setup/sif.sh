@@ -12,15 +12,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . setup/lib.sh
 
 build() {
-  local name builder
+  local name builder can
   local -a options=() more
   find_tool apptainer singularity
   builder=$tool
-  "$builder" build --help 2>&1 | grep -q -- --build-arg ||
+  can=$("$builder" build --help 2>&1)
+  [[ $can == *--build-arg* ]] ||
     die "$("$builder" --version) cannot fill in a definition file (no --build-arg)" \
       "module load a newer one (Apptainer 1.2, SingularityCE 4), or build elsewhere and copy the file"
   # zstd packs and unpacks in a third of gzip's time; SingularityCE has no choice
-  if "$builder" build --help 2>&1 | grep -q -- --mksquashfs-args; then
+  if [[ $can == *--mksquashfs-args* ]]; then
     options+=(--mksquashfs-args "-comp zstd")
   fi
   if [ "${FROM:-}" = image ]; then

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from container import FOLDER, REPOSITORY, Sif, engine_environment
+from container import BUILT_SIF, FOLDER, REPOSITORY, Sif, engine_environment
 
 PASSTHROUGH = Path(__file__).parent / "pip_passthrough.py"
 # `make` is told: a CPU build of torch, which is all that this machine can run
@@ -68,10 +68,12 @@ def sif(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sif]:
         shutil.rmtree(folder, ignore_errors=True)
         return
     variables = dict(line.split("=", 1) for line in passthrough("apptainer", folder / "pip"))
+    # stays, for the jobs of tests/cluster
+    BUILT_SIF.unlink(missing_ok=True)
     make(
-        tmp_path_factory.mktemp("sif") / "log", "sif", *CPU, f"SIF={folder}/lora.sif",
+        tmp_path_factory.mktemp("sif") / "log", "sif", *CPU, f"SIF={BUILT_SIF}",
         "BOOTSTRAP=oci-archive", f"BASE_IMAGE={FOLDER}/base.oci.tar", **variables,
     )  # fmt: skip
     shutil.rmtree(folder / "pip", ignore_errors=True)
-    yield Sif(folder / "lora.sif", folder)
+    yield Sif(BUILT_SIF, folder)
     shutil.rmtree(folder, ignore_errors=True)

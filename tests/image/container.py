@@ -12,6 +12,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 # what install_tools.sh leaves
 FOLDER = Path("/var/tmp/lora-image-tests")
+BUILT_SIF = FOLDER / "lora.sif"
+"""What `make test-image` builds."""
 USER = "lora-tester"
 SECONDS = 1200
 

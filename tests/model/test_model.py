@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -143,6 +144,16 @@ def test_no_weights(copy):
     (copy / "model.safetensors").unlink()
     message = refusal(lambda: load_tokenizer(ModelConfig(path=str(copy))))
     assert message.startswith(f"model.path={copy} has no weights (*.safetensors)\nhint: was the")
+
+
+def test_weights_that_may_not_be_read(copy, monkeypatch):
+    """Safetensors makes files for their owner alone; the tests may run as root, who reads all."""
+    monkeypatch.setattr(os, "access", lambda file, mode: False)
+    message = refusal(lambda: load_tokenizer(ModelConfig(path=str(copy))))
+    assert message == (
+        f"model.path={copy}: model.safetensors may not be read by this user\n"
+        f"hint: its owner can mend it: chmod -R a+rX {copy}"
+    )
 
 
 def test_model_with_code(copy):
