@@ -100,6 +100,14 @@ class Group:
         torch.distributed.broadcast_object_list(values)
         return values[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Return what each process gave, in their order; everywhere the same."""
+        if self.world_size == 1:
+            return [value]
+        values = [value] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process ends; they end too.
 

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from logging.handlers import MemoryHandler
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import set_seed
@@ -36,6 +36,7 @@ from lora_train.data.audit import audit
 from lora_train.data.held_out import HeldOutExample, held_out_examples
 from lora_train.data.prepared import prepare_data
 from lora_train.device import (
+    PrecisionChoice,
     compute_deterministically,
     describe_device,
     select_precision,
@@ -59,11 +60,8 @@ from lora_train.run_directory import (
 from lora_train.sharding import make_mesh
 from lora_train.stop_signals import StopSignals
 from lora_train.summary import make_summary, print_summary
-from lora_train.trainer import Trainer
+from lora_train.trainer import Trainer, memory_hint
 from lora_train.walltime import Walltime, job_end
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +114,11 @@ def _run_together(config: Config, argv: Sequence[str], group: Group) -> _End:
             return _run(config, argv, directory, stop, console, backlog, group)
     except LoraTrainError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of GPU memory before the first step: {error}",
+            hint=memory_hint(config, group.world_size),
+        ) from error
     except Exception as error:
         if is_consequence(error):
             group.wait_for_cause()
@@ -172,6 +175,7 @@ def _run(
     set_seed(config.trainer.seed)
     precision = select_precision(config.trainer.precision, accelerator.device)
     log.info("device: %s; %s", describe_device(accelerator.device), precision.reason)
+    _check_precision(group, precision)
     mesh = make_mesh(config, accelerator.device, precision.dtype)
     base = load_base_model(config.model, precision.dtype, accelerator.device, mesh)
     log.info("model: %s", describe_model(base))
@@ -224,6 +228,20 @@ def _run(
             tracker.finish()
 
 
+def _check_precision(group: Group, precision: PrecisionChoice) -> None:
+    """Refuse GPUs that would compute in different precision, each in its own best."""
+    found = group.gather(str(precision.dtype).removeprefix("torch."))
+    if len(set(found)) > 1:
+        seen = sorted(
+            {f"{dtype} on {host}" for dtype, host in zip(found, group.hosts, strict=True)}
+        )
+        raise UserError(
+            f"the processes have GPUs of different kinds: {', '.join(seen)}",
+            hint="#SBATCH --constraint=a100 (`sinfo -o '%G %f'` lists what there is), or "
+            "trainer.precision=fp32",
+        )
+
+
 def _train_and_evaluate(
     config: Config,
     directory: RunDirectory,
@@ -236,6 +254,8 @@ def _train_and_evaluate(
     """Train and answer; tell whether all is done, or a stop came between."""
     accelerator, group = trainer.accelerator, trainer.group
     metrics = open_metrics(config, directory, trainer)
+    # each has read the file, which another node may see as it was
+    metrics.validated = group.from_main(metrics.validated)
 
     def answers(when: str) -> AnswerReport | None:
         """Answer the held-out examples once; a run that goes on reads what it answered before."""

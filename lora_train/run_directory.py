@@ -6,6 +6,7 @@ summary.json
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -143,7 +144,7 @@ def open_run_directory(config: Config) -> RunDirectory:
     name = config.log.name or "run"
     path = Path(config.log.log_dir).expanduser() / name
     if config.resume.mode == "never":
-        path = _first_unused(path)
+        path = _of_this_job(path) or _first_unused(path)
     _check_writable(path)
     if path.exists() and not (path / "config.yaml").exists():
         entries = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock")
@@ -222,6 +223,18 @@ def _compare(config: Config, path: Path, checkpoint: Checkpoint) -> None:
         )
     for line in changed:
         log.warning("changed since step %d: %s", checkpoint.step, line)
+
+
+def _of_this_job(path: Path) -> Path | None:
+    """Return the directory that this very Slurm job began before it was queued again, or None."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
+        return None
+    for candidate in sorted(path.parent.glob(f"{path.name}*")):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            starts = json.loads((candidate / "environment.json").read_text(encoding="utf-8"))
+            if starts[-1]["variables"]["SLURM_JOB_ID"] == os.environ["SLURM_JOB_ID"]:
+                return candidate
+    return None
 
 
 def _first_unused(path: Path) -> Path:

@@ -300,14 +300,16 @@ class Trainer:
         self.model.train()
         while True:
             due = self.step % validate_every == 0 or self.step == self.max_steps
-            if due and self.step not in metrics.validated and not self._stop_agreed(stop):
+            if due and self.step not in metrics.validated:
                 validation = self.validate(stop)
                 if validation is not None:
                     metrics.write(self.step, validation)
                     progress.validated(self.step, validation["val_loss"])
-            if self.step >= self.max_steps:
+            # after the last step, too, a stop in its validation counts: the next start does it
+            is_stopped = self.stop_reason is not None
+            if self.step >= self.max_steps and not is_stopped:
                 return True
-            if self._stop_agreed(stop):
+            if is_stopped or self._stop_agreed(stop):
                 if self.stop_reason == TIME_LIMIT and self.group.is_main:
                     log.info("%s", self.walltime.describe_stop())
                 self.save(run_directory)
@@ -324,7 +326,7 @@ class Trainer:
                     self.save(run_directory, random_before)
                 raise RunError(
                     f"out of GPU memory in step {self.step + 1}: {error}",
-                    hint=_memory_hint(self.config),
+                    hint=memory_hint(self.config, self.accelerator.num_processes),
                 ) from error
             seconds = time.perf_counter() - begun
             self.train_seconds += seconds
@@ -460,13 +462,26 @@ class Trainer:
         return hash_of_data(self.data)
 
 
-def _memory_hint(config: Config) -> str:
+def memory_hint(config: Config, num_processes: int) -> str:
+    """Say what makes a run need less memory of a GPU.
+
+    Args:
+        config: the run that ran out of it.
+        num_processes: of the run.
+
+    Returns:
+        What to add to the command line.
+    """
     options = []
+    is_sharded = config.trainer.strategy == "fsdp2"
     if config.data.micro_batch_size > 1:
         options.append("data.micro_batch_size=1 (the same result, less memory)")
     if not config.trainer.gradient_checkpointing:
         options.append("trainer.gradient_checkpointing=true")
     if config.model.quantization is None:
-        options.append("model.quantization=nf4 (a new run)")
+        if num_processes > 1 and not is_sharded:
+            options.append("trainer.strategy=fsdp2")
+        ddp = "trainer.strategy=ddp " if is_sharded else ""
+        options.append(f"{ddp}model.quantization=nf4 (a new run)")
     options.append(f"data.seq_length={config.data.seq_length // 2} (a new run)")
     return "the same command with one of: " + "; ".join(options)

@@ -42,8 +42,7 @@ def check_alike(group: Group, step: int, data_hash: str, parameters: Sequence[Te
         return
     # sums of integers: exact in any order, and another if any bit is
     sums = torch.stack([each.detach().view(torch.int32).sum() for each in parameters])
-    found: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(found, (data_hash, sums.tolist()))
+    found: list[Any] = group.gather((data_hash, sums.tolist()))
     for number, what, hint in (
         (0, "training data", "data.path must show all nodes the same files"),
         (1, "adapter weights", "the same command goes on from the newest checkpoint"),

@@ -430,6 +430,25 @@ class TestRunDirectory:
         assert "8 steps in" in output.out
         assert times() == before
 
+    def test_a_job_that_comes_back_goes_on_also_with_never(
+        self,
+        config_of: Callable[..., Config],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Or each start of a requeued job would begin anew, in a directory of its own, for ever."""
+        (tmp_path / "runs" / "tiny").mkdir(parents=True)
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        assert run(config_of("resume.mode=never", "--max-steps", "2"), argv=[]) == 0
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert run(config_of("resume.mode=never", "--max-steps", "4"), argv=[]) == 0
+        assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
+        steps = [row["step"] for row in read_metrics(tmp_path / "runs/tiny-2/metrics.jsonl")]
+        assert sorted(set(steps) - {0}) == [1, 2, 3, 4]
+        monkeypatch.setenv("SLURM_JOB_ID", "8")  # another job, and its own new start
+        assert run(config_of("resume.mode=never", "--max-steps", "2"), argv=[]) == 0
+        assert (tmp_path / "runs" / "tiny-3").is_dir()
+
     def test_complete_run_is_shown_on_a_full_disk(
         self,
         config_of: Callable[..., Config],
