@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ def script(what: str, example: str, nodes: int, gpus: int) -> JobScript:
             f"  sbatch {example} --factory llama31_8b --max-steps 250",
             "A GPU needs compute capability 8.0 (A100) or newer: --constraint=a100, or as",
             "`sinfo -o '%P %G %f'` names them. `lora-train sbatch` fits such a file to a cluster.",
+            "Files outside of $HOME and this folder: APPTAINER_BIND=/scratch (or SINGULARITY_BIND)",
+            "sbatch ... A --time of less than 10 minutes: add --signal=TERM@60.",
         ],
         nodes=nodes,
         gpus_per_node=str(gpus),
@@ -46,10 +50,13 @@ SCRIPTS = {
 RECORD = '#!/bin/bash\nprintf "%s\\n" "${0##*/} $*" >>"$OUT/calls"\n'
 STAND_INS = {
     "srun": 'env >"$OUT/environment"; printf "%s\\n" "$@" >"$OUT/words"\n'
-    '[ -z "${STOP:-}" ] || { kill -s TERM $PPID; sleep 0.3; }\nexit "${STATUS:-0}"\n',
+    '[ "$1" != mkdir ] || exec "$@"\n'
+    '[ -z "${STOP:-}" ] || { kill -s TERM $PPID; /bin/sleep 0.3; }\nexit "${STATUS:-0}"\n',
     "squeue": '[ "$SLURM_TIME_FORMAT" != %s ] || echo "${END-1893553445}"\n',
-    "scontrol": '[ "$1" = requeue ] || echo "   ${STATE-JobState=RUNNING Reason=None}\n'
+    "scontrol": 'PAST=$(grep -c "^scontrol" "$OUT/calls")\n[ "$PAST" -gt "${BUSY:-0}" ] || exit 1\n'
+    '[ "$1" = requeue ] || echo "   ${STATE-JobState=RUNNING Reason=None}\n'
     '   PreemptTime=${PREEMPTED-None}"\n',
+    "sleep": "",
 }
 
 
@@ -132,7 +139,7 @@ class TestFiles:
 
     def test_can_be_read_at_once(self, name: str) -> None:
         lines = (SLURM / f"{name}.slurm").read_text().splitlines()
-        assert len(lines) < 65
+        assert len(lines) <= 80
         assert max(map(len, lines)) <= 100
 
 
@@ -181,7 +188,14 @@ class TestRun:
         done = job.run()
         assert done.returncode == 2
         assert done.stderr.startswith("error: no singularity or apptainer on PATH")
-        assert "command not found" not in done.stderr
+        assert "hint: module load NAME" in done.stderr
+        assert "#!/bin/bash -l" in done.stderr
+
+    def test_what_the_module_says(self, job: Job) -> None:
+        (job.programs / "singularity").unlink()
+        done = job.run(**{"BASH_FUNC_module%%": '() { echo "load gcc first" >&2; return 1; }'})
+        assert done.returncode == 2
+        assert done.stderr.count("load gcc first") == 1
 
     def test_missing_image(self, job: Job) -> None:
         (job.folder / "project" / "lora.sif").unlink()
@@ -199,6 +213,29 @@ class TestRun:
         assert job.srun[-3:] == ["--nv", f"--bind={caches}", str(image)]
         assert caches.is_dir()  # binding one that is not there fails
 
+    def test_caches_by_a_relative_path(self, job: Job) -> None:
+        job.run(LORA_CACHE_DIR="../caches")
+        assert f"--bind={job.folder}/caches" in job.srun
+        assert f"LORA_CACHE_DIR={job.folder}/caches" in job.seen
+
+    def test_caches_on_each_node(self, job: Job) -> None:
+        job.run(LORA_CACHE_DIR="caches", SLURM_JOB_NUM_NODES="2")
+        assert f"srun mkdir -p {job.folder}/project/caches" in job.calls
+
+    @pytest.mark.parametrize("nodes", ["1", "2"])
+    def test_caches_that_cannot_be(self, job: Job, nodes: str) -> None:
+        done = job.run(LORA_CACHE_DIR="/dev/null/x", SLURM_JOB_NUM_NODES=nodes)
+        assert done.returncode == 2
+        assert "error: LORA_CACHE_DIR=/dev/null/x: no such folder can be made\n" in done.stderr
+        assert "hint: " in done.stderr
+
+    def test_further_folders(self, job: Job, tmp_path: Path) -> None:
+        written = tmp_path / "job.slurm"
+        binds = [Path("/scratch"), Path("/my data")]
+        written.write_text(dataclasses.replace(SCRIPTS["single_gpu"], binds=binds).text())
+        job.run(script=written)
+        assert job.srun[-4:] == ["--nv", "--bind=/scratch", "--bind=/my data", "lora.sif"]
+
 
 class TestEnd:
     """When the job ends, and what it does then."""
@@ -213,6 +250,12 @@ class TestEnd:
         assert not [each for each in job.seen if each.startswith("SLURM_JOB_END_TIME")]
         job.run(END=answer, SLURM_JOB_END_TIME="1893553445")  # Slurm's own
         assert "SLURM_JOB_END_TIME=1893553445" in job.seen
+
+    @pytest.mark.parametrize(("left", "warns"), [(300, True), (3600, False)])
+    def test_a_job_that_is_told_to_stop_at_once(self, job: Job, left: int, warns: bool) -> None:
+        done = job.run(END=str(int(time.time()) + left))
+        assert ("sbatch --signal=TERM@60" in done.stderr) == warns
+        assert done.returncode == 0
 
     @pytest.mark.parametrize("status", [0, 1, 2, 75, 137])
     def test_status_is_the_runs(self, job: Job, status: int) -> None:
@@ -234,11 +277,41 @@ class TestEnd:
         assert job.calls[-1] == "scontrol requeue 7"
 
     @pytest.mark.parametrize(
-        ("reason", "preempted"), [("TimeLimit", "None"), ("None", "2030-01-02T03:04:05")]
+        ("reason", "preempted"), [("TimeLimit", "None"), ("None", "1893550001")]
     )
     def test_saved_as_slurm_ended_it(self, job: Job, reason: str, preempted: str) -> None:
         state = f"JobState=COMPLETING Reason={reason}"
         assert job.run(STATUS="85", STATE=state, PREEMPTED=preempted, STOP="1").returncode == 85
+        assert job.calls[-1] == "scontrol requeue 7"
+
+    def test_preempted_without_resume_requeue(self, job: Job) -> None:
+        """Its script ends within the grace time, after which Slurm would have queued it again."""
+        assert job.run(STATUS="75", PREEMPTED="1893550001", STOP="1").returncode == 75
+        assert job.calls[-1] == "scontrol requeue 7"
+
+    def test_slurm_is_busy(self, job: Job) -> None:
+        done = job.run(STATUS="85", BUSY="3")
+        assert (done.returncode, done.stderr) == (85, "")
+        assert job.calls[-1] == "scontrol requeue 7"
+        assert job.calls.count("sleep 20") == 3
+
+    def test_slurm_stays_busy(self, job: Job) -> None:
+        done = job.run(STATUS="85", BUSY="100")
+        assert done.returncode == 85
+        assert "error: job 7 is not queued again\nhint: give the same sbatch" in done.stderr
+
+    @pytest.mark.parametrize("option", ["-e", "-u", "-eo pipefail"])
+    def test_a_stricter_shell(self, job: Job, tmp_path: Path, option: str) -> None:
+        lines = SCRIPTS["multi_gpu"].text().splitlines()
+        end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+        written = tmp_path / "job.slurm"
+        written.write_text("\n".join([*lines[:end], f"set {option}", *lines[end:], ""]))
+        job.add("squeue", "exit 1")
+        (job.programs / "singularity").unlink()
+        job.add("apptainer", where="modules")
+        module = f'() {{ [ "$2" = apptainer ] && PATH=$PATH:{job.folder}/modules; }}'
+        done = job.run(script=written, STATUS="85", BUSY="1", **{"BASH_FUNC_module%%": module})
+        assert (done.returncode, done.stderr) == (85, "")
         assert job.calls[-1] == "scontrol requeue 7"
 
     def test_cancelled_stays_cancelled(self, job: Job) -> None:

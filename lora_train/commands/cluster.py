@@ -10,9 +10,9 @@ from typing import Literal
 
 from lora_train.errors import UserError
 
-SINFO = ("sinfo", "-h", "-e", "-o", "%P|%G|%f|%D|%m|%c|%l|%a")
-"""Partition, GRES, features, nodes, MB and CPUs of a node, time limit, availability."""
-_NUM_FIELDS = 8
+SINFO = ("sinfo", "-h", "-e", "-o", "%P|%G|%f|%D|%m|%c|%l|%a|%T")
+"""Partition: GRES, features, nodes, MB and CPUs of a node, limit, availability; nodes' state."""
+_NUM_FIELDS = 9
 _SECONDS = 10
 
 # Names of GPUs in GRES types and node features. What stands in neither is unknown, and allowed.
@@ -29,6 +29,8 @@ _OLD = re.compile(
     r"|rtx[_-]?[68]000|volta|turing|pascal|maxwell|kepler|mi[123]\d{2}\w*)(?![0-9])"
 )
 _MIG = re.compile(r"\d+g\.\d+gb")
+# a node that Slurm has powered down (powered_down, idle~) starts for a job
+_UNUSABLE = re.compile(r"(?:down|drain|fail|maint|inval)")
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
 
@@ -39,6 +41,8 @@ class NodeGroup:
     partition: str
     is_default: bool
     is_up: bool
+    is_usable: bool
+    """Whether the nodes run jobs now, or after those that are there: not drained, not down."""
     kind: str | None
     """Type of the GPUs in GRES, None where it is not told: gpu:4."""
     gpus: int
@@ -84,8 +88,12 @@ class NodeGroup:
         kind = kind.lower()
         if self.kind is not None and self.is_instance:
             return kind == self.kind.lower()  # a100 is no part of one
-        named = [self.kind or "", *self.features]
-        return any(re.search(rf"(?<![a-z0-9]){re.escape(kind)}(?![0-9])", x.lower()) for x in named)
+        return _names(kind, self.kind or "") or bool(self.features_of(kind))
+
+    def features_of(self, kind: str) -> list[str]:
+        """The features that name this kind; the one that is the same word comes first."""
+        named = (each for each in self.features if _names(kind, each))
+        return sorted(named, key=lambda each: each.lower() != kind.lower())
 
 
 def read_sinfo() -> str | None:
@@ -117,14 +125,15 @@ def read_cluster(text: str) -> list[NodeGroup]:
     for row in filter(str.strip, text.splitlines()):
         fields = row.strip().split("|")
         try:
-            partition, gres, features, nodes, memory, cpus, limit, state = fields
+            partition, gres, features, nodes, memory, cpus, limit, available, state = fields
             kinds = list(_gpus(gres))
             for kind, count in kinds:
                 groups.append(
                     NodeGroup(
                         partition=partition.removesuffix("*"),
                         is_default=partition.endswith("*"),
-                        is_up=state == "up",
+                        is_up=available == "up",
+                        is_usable=_UNUSABLE.match(state.lower()) is None,
                         kind=kind,
                         gpus=count,
                         all_gpus=sum(each for _, each in kinds),
@@ -176,12 +185,19 @@ def parse_memory_mb(text: str) -> float:
     return int(match[1]) * _UNITS[match[2] or "M"]
 
 
+def _names(kind: str, name: str) -> bool:
+    """Whether a type or feature means a kind of GPU."""
+    pattern = rf"(?<![a-z0-9]){re.escape(kind.lower())}(?![0-9])"
+    return re.search(pattern, name.lower()) is not None
+
+
 def _gpus(gres: str) -> Iterator[tuple[str | None, int]]:
     """Yield kind and number from `gpu:a100:4(S:0-1),nvme:1`, `gpu:4`, `(null)`."""
     for each in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, *rest = each.split(":")
         if name != "gpu":
             continue
+        rest = [word for word in rest if word != "no_consume"]
         count = int(rest.pop()) if rest and rest[-1].isdecimal() else 1
         if count:
             yield ":".join(rest) or None, count

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lora_train.commands.cluster import NodeGroup, parse_memory_mb
 from lora_train.commands.job_request import Request, possible_nodes
@@ -17,6 +19,8 @@ DEFAULT_SECONDS = 2 * 3600
 _MEMORY_SHARE = 0.95
 # without a look at the cluster: what most nodes have at most
 _LIKELY_GPUS = 8
+# 1 MB is what Slurm shows where nobody told it
+_LEAST_MEMORY_MB = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,8 @@ class Placement:
     gpus: str
     """The same for sbatch, with the kind where it matters."""
     cpus_per_node: int
-    memory_per_node: str
+    memory_per_node: str | None
+    """None: Slurm's default."""
     seconds: int
     partition: str | None
     constraint: str | None
@@ -61,6 +66,11 @@ class _Pool:
                 return count, each
         return None
 
+    @property
+    def tells_memory(self) -> bool:
+        """Whether Slurm knows the nodes' memory."""
+        return all(group.memory_mb >= _LEAST_MEMORY_MB for group in self.groups)
+
     def share(self, gpus: int) -> tuple[int, int]:
         """CPUs and GiB for so many GPUs on each of its nodes that have them."""
         fitting = [group for group in self.groups if group.gpus >= gpus]
@@ -72,8 +82,10 @@ class _Pool:
         )
 
     def __str__(self) -> str:
-        sizes = sorted({(group.gpus, group.nodes) for group in self.groups}, reverse=True)
-        nodes = ", ".join(_on_nodes(nodes, gpus) for gpus, nodes in sizes)
+        sizes: Counter[int] = Counter()
+        for group in self.groups:
+            sizes[group.gpus] += group.nodes
+        nodes = ", ".join(_on_nodes(sizes[gpus], gpus) for gpus in sorted(sizes, reverse=True))
         return f"{self.first.gpu} in partition {self.first.partition}: {nodes}"
 
 
@@ -86,12 +98,27 @@ def place(request: Request, groups: Sequence[NodeGroup]) -> Placement:
 
     Returns:
         What to ask Slurm for: the default partition where it can be, new GPUs before unknown ones,
-        on as few nodes as possible.
+        on as few nodes as possible, which are neither down nor drained if it can be.
 
     Raises:
         UserError: it cannot be on this cluster; the hint says what can.
     """
-    pools = _pools(possible_nodes(request, groups))
+    usable = [group for group in groups if group.is_usable]
+    try:
+        return _place(request, usable, groups)
+    except UserError:
+        if len(usable) == len(groups):
+            raise
+    placement = _place(request, groups, groups)
+    note = "not without nodes that are down or drained now: the job waits for them"
+    return replace(placement, notes=[*placement.notes, note])
+
+
+def _place(
+    request: Request, candidates: Sequence[NodeGroup], groups: Sequence[NodeGroup]
+) -> Placement:
+    """Choose among some nodes of the cluster, and tell them from all others."""
+    pools = _pools(possible_nodes(request, candidates))
     found = [(shape, pool) for pool in pools if (shape := pool.shape(request.gpus, request.nodes))]
     if not found:
         raise UserError(
@@ -130,12 +157,15 @@ def place(request: Request, groups: Sequence[NodeGroup]) -> Placement:
             "--constraint FEATURE chooses the nodes"
         )
     cpus, gib = pool.share(each)
+    memory = _memory(request, pool) or (f"{gib}G" if pool.tells_memory else None)
+    if memory is None:
+        notes.append("sinfo does not tell the nodes' memory: --mem is left to Slurm")
     return Placement(
         nodes=nodes,
         gpus_per_node=each,
         gpus=f"{prefix}{each}",
         cpus_per_node=cpus,
-        memory_per_node=_memory(request, pool) or f"{gib}G",
+        memory_per_node=memory,
         seconds=_seconds(request, first),
         partition=request.partition or (None if first.is_default else first.partition),
         constraint=constraint,
@@ -199,21 +229,34 @@ def _selection(
     Returns:
         What stands before their number, the constraint, and whether these two tell them apart.
     """
-    first = pool.first
+    first, kind, constraint = pool.first, request.kind, request.constraint
+    is_word = constraint is None or re.fullmatch(r"[\w.-]+", constraint) is not None
     others = [
         group
         for group in groups
-        if group.partition == first.partition and (group.kind, group.gpu) != (first.kind, first.gpu)
+        if group.partition == first.partition
+        and (constraint is None or not is_word or constraint in group.features)
+        and not (
+            group.is_kind(kind) if kind else (group.kind, group.gpu) == (first.kind, first.gpu)
+        )
     ]
-    if not others and request.kind is None:
-        return "", request.constraint, True
-    if first.kind is not None:
-        return f"{first.kind}:", request.constraint, True
-    if request.constraint is not None:
-        return "", request.constraint, True
-    feature = first.gpu_feature
-    tells = feature is not None and not any(feature in group.features for group in others)
-    return "", feature if tells else None, tells
+    prefix = f"{first.kind}:" if first.kind and (others or kind) else ""
+    # GPUs that the prefix allows, too
+    others = [group for group in others if first.kind in (None, group.kind)]
+    if not others and (kind is None or first.kind is not None):
+        return prefix, constraint, True
+    feature = next(
+        (
+            each
+            for each in [*(first.features_of(kind) if kind else ()), first.gpu_feature]
+            if all(each in group.features for group in pool.groups)
+            and not any(each in group.features for group in others)
+        ),
+        None,
+    )
+    if feature is None or not is_word:
+        return prefix, constraint, constraint is not None
+    return prefix, feature if constraint in (None, feature) else f"{constraint}&{feature}", True
 
 
 def _memory(request: Request, pool: _Pool) -> str | None:
@@ -221,7 +264,7 @@ def _memory(request: Request, pool: _Pool) -> str | None:
     if request.memory is None:
         return None
     most = max(group.memory_mb for group in pool.groups)
-    if parse_memory_mb(request.memory) > most:
+    if pool.tells_memory and parse_memory_mb(request.memory) > most:
         raise UserError(
             f"--mem={request.memory}: the nodes with {pool.first.gpu} have {most // 1024}G",
             hint=f"--mem={int(_MEMORY_SHARE * most / 1024)}G",

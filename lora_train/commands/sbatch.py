@@ -18,6 +18,7 @@ from lora_train.batch_split import gradient_accumulation_steps
 from lora_train.cli import parse_command_line
 from lora_train.commands import nemo
 from lora_train.commands.cluster import SINFO, read_cluster, read_sinfo
+from lora_train.commands.job_paths import check_files, check_output, folders_to_bind
 from lora_train.commands.job_request import Request
 from lora_train.commands.job_script import JobScript
 from lora_train.commands.placement import Placement, place, place_blindly
@@ -47,6 +48,9 @@ def run(argv: list[str]) -> int:
     if options.requeue:
         words = [*words, "resume.requeue=true"]
     config = _resolve(words)
+    # without words it is a script that gets them from sbatch's line
+    notes = check_files(config, _is_in_image()) if words else []
+    check_output(options.output)
     placement = _place(options, config, argv)
     if words:
         _check_shape(config, placement)
@@ -58,16 +62,17 @@ def run(argv: list[str]) -> int:
         cpus_per_node=placement.cpus_per_node,
         memory_per_node=placement.memory_per_node,
         seconds=placement.seconds,
-        name=options.name or config.log.name or "lora-train",
+        name=options.name or re.sub(r"[^\w.-]+", "_", config.log.name or "lora-train"),
         output=options.output,
         partition=placement.partition,
         account=options.account,
         constraint=placement.constraint,
         image=image,
         program=program,
+        binds=folders_to_bind(config, words) if words and image else [],
         words=words,
     ).text()
-    for note in placement.notes:
+    for note in [*notes, *placement.notes]:
         _say(f"note: {note}")
     if options.submit:
         print(_submit(script, argv))
@@ -154,6 +159,11 @@ def _what_runs(sif: Path | None) -> tuple[Path | None, Path | None]:
     if sif is None:
         named = _own_image() or os.environ.get("LORA_SIF")
         if named:
+            if not _is_in_image() and not Path(named).exists():
+                raise UserError(
+                    f"LORA_SIF={named}: there is no such file",
+                    hint="LORA_SIF=/path/to/lora.sif, or --sif FILE; `make sif` makes one",
+                )
             return Path(named).absolute(), None
         if not Path("lora.sif").exists():
             if _is_in_image():
@@ -206,7 +216,11 @@ def _submit(script: str, argv: Sequence[str]) -> str:
             f"Slurm did not take the job: {done.stderr.strip()}",
             hint="without --submit the script is printed, to be looked at",
         )
-    number = done.stdout.strip().partition(";")[0]
+    # a site's own sbatch may say more; behind the number may stand ;CLUSTER
+    match = re.search(r"(\d+)(?:;\S+)?\s*$", done.stdout)
+    number = match[1] if match else done.stdout.strip()
+    if done.stderr.strip():
+        _say(f"note: Slurm: {done.stderr.strip()}")
     _say(f"note: submitted; its script: scontrol write batch_script {number} -")
     return number
 

@@ -23,7 +23,7 @@ queued. The script goes to stdout and everything else to stderr.
   lora-train sbatch --gpus a100:8 --requeue --submit -- --factory llama31_8b
       8 GPUs of one kind, on as many nodes as it takes, submitted at once. When the time is over
       the job saves, queues itself again and goes on, until the run is complete
-  sinfo -h -e -o '%P|%G|%f|%D|%m|%c|%l|%a' |
+  sinfo -h -e -o '%P|%G|%f|%D|%m|%c|%l|%a|%T' |
     singularity run lora.sif sbatch --sinfo - --gpus 4 -- --factory llama31_8b | sbatch
       in a container, which has no Slurm
 

@@ -17,24 +17,24 @@ from lora_train.commands.cluster import parse_time, read_cluster
 from lora_train.commands.job_script import format_time
 from lora_train.errors import UserError
 
-# partition, GRES, features, nodes, MB, CPUs, limit, availability
+# partition, GRES, features, nodes, MB, CPUs, limit, availability, state
 PLAIN = """\
-gpu*|gpu:a100:4(S:0-1)|a100,ib|3|515000|64|1-00:00:00|up
-gpu*|gpu:v100:8(S:0,1)|v100|5|380000|40|1-00:00:00|up
-long|gpu:a100:4(S:0-1)|a100,ib|2|515000|64|7-00:00:00|up
-cpu|(null)|(null)|100|250000|128|infinite|up
+gpu*|gpu:a100:4(S:0-1)|a100,ib|3|515000|64|1-00:00:00|up|idle
+gpu*|gpu:v100:8(S:0,1)|v100|5|380000|40|1-00:00:00|up|idle
+long|gpu:a100:4(S:0-1)|a100,ib|2|515000|64|7-00:00:00|up|idle
+cpu|(null)|(null)|100|250000|128|infinite|up|idle
 """
 MIXED = """\
-batch*|(null)|intel|200|190000|40|4-00:00:00|up
-debug|gpu:a100:2|amd,a100|1|250000|32|30:00|up
-old|gpu:p100:4(S:0-1),nvme:1|p100|4|120000|28|infinite|up
-ampere|gpu:a100:4(S:0-1)|amd,a100|4|1031000+|128|3-00:00:00|up
-mig|gpu:a100:2(S:0),gpu:1g.10gb:7(S:1)|amd,mig|2|515000|64|1-00:00:00|up
-closed|gpu:h100:8|h100|2|2000000|192|infinite|down
+batch*|(null)|intel|200|190000|40|4-00:00:00|up|idle
+debug|gpu:a100:2|amd,a100|1|250000|32|30:00|up|idle
+old|gpu:p100:4(S:0-1),nvme:1|p100|4|120000|28|infinite|up|idle
+ampere|gpu:a100:4(S:0-1)|amd,a100|4|1031000+|128|3-00:00:00|up|idle
+mig|gpu:a100:2(S:0),gpu:1g.10gb:7(S:1)|amd,mig|2|515000|64|1-00:00:00|up|idle
+closed|gpu:h100:8|h100|2|2000000|192|infinite|down|idle
 """
 UNTYPED = """\
-gpu*|gpu:4|skylake,v100_32|8|380000|40|2-00:00:00|up
-gpu*|gpu:4(IDX:N/A)|rome,A100_80|4|500000|48|2-00:00:00|up
+gpu*|gpu:4|skylake,v100_32|8|380000|40|2-00:00:00|up|idle
+gpu*|gpu:4(IDX:N/A)|rome,A100_80|4|500000|48|2-00:00:00|up|idle
 """
 
 
@@ -128,7 +128,7 @@ class TestShape:
 
     def test_a_share_of_a_small_node(self, folder: Path, printed) -> None:
         """Never more than the node has, and a GPU's share of it at most."""
-        on(folder, "gpu*|gpu:a100:8|a100|1|256000|32|infinite|up\n")
+        on(folder, "gpu*|gpu:a100:8|a100|1|256000|32|infinite|up|idle\n")
         one, all_of_it = printed(), printed("--gpus", "8")
         assert (one["cpus-per-task"], one["mem"]) == ("4", "29G")
         assert (all_of_it["cpus-per-task"], all_of_it["mem"]) == ("32", "237G")
@@ -140,8 +140,28 @@ class TestShape:
         assert "--mem=1T: the nodes with a100 have 502G" in problem
         assert "hint: --mem=477G" in problem
 
+    def test_memory_that_slurm_was_not_told(self, folder: Path, printed) -> None:
+        on(folder, "gpu*|gpu:h100:8|(null)|2|1|192|infinite|up|idle\n")
+        script = printed()
+        assert script["mem"] is None
+        assert "--mem is left to Slurm" in script.notes
+        assert printed("--mem", "100G")["mem"] == "100G"
+
+    def test_nodes_that_are_drained_or_down(self, folder: Path, printed) -> None:
+        states = ["drained*", "idle~", "down", "mixed", "maint"]
+        on(folder, "".join(f"gpu*|gpu:h100:8|h|1|1000000|96|infinite|up|{x}\n" for x in states))
+        assert "down" not in printed("--gpus", "16").notes
+        script = printed("--gpus", "24")
+        assert script["nodes"] == "3"
+        assert "nodes that are down or drained now: the job waits" in script.notes
+        assert "--gpus 40 (5 nodes with 8 each)" in refused("--gpus", "48")
+
+    def test_drained_old_gpus_may_come_back(self, folder: Path, printed) -> None:
+        on(folder, PLAIN.replace("40|1-00:00:00|up|idle", "40|1-00:00:00|up|drained"))
+        assert printed()["gpus-per-node"] == "a100:1"
+
     def test_a_cluster_of_many_nodes(self, folder: Path) -> None:
-        on(folder, "gpu*|gpu:h100:8|(null)|5000|2000000|192|infinite|up\n")
+        on(folder, "gpu*|gpu:h100:8|(null)|5000|2000000|192|infinite|up|idle\n")
         assert "--gpus 40000 (5000 nodes with 8 each)" in refused("--gpus", "50000")
 
 
@@ -172,14 +192,34 @@ class TestKind:
             assert (script["gpus-per-node"], script["constraint"]) == ("4", "A100_80")
         assert printed("--constraint", "rome")["constraint"] == "rome"
 
+    @pytest.mark.parametrize("kind", ["", "a100:"])
+    def test_one_of_two_kinds_by_feature(self, folder: Path, printed, kind: str) -> None:
+        rows = [
+            f"gpu*|gpu:{kind}4|ib,a100,a100_{size}gb|2|500000|48|infinite|up|idle\n"
+            for size in (40, 80)
+        ]
+        on(folder, "".join(rows))
+        script = printed("--gpus", "a100_80gb:4")
+        assert (script["gpus-per-node"], script["constraint"]) == (f"{kind}4", "a100_80gb")
+        script = printed("--gpus", "a100_80gb:4", "--constraint", "ib")
+        assert script["constraint"] == "ib&a100_80gb"
+        assert printed("--gpus", "a100:4")["constraint"] == (None if kind else "a100")
+
+    def test_not_consumed(self) -> None:
+        (group,) = read_cluster("p|gpu:a100:no_consume:4|(null)|1|1|1|1:00|up|idle")
+        assert (group.kind, group.gpus) == ("a100", 4)
+
     def test_unknown_gpus_are_taken_with_a_note(self, folder: Path, printed) -> None:
-        on(folder, "gpu*|gpu:6|(null)|5|1000000|96|infinite|up\n")
+        on(folder, "gpu*|gpu:6|(null)|5|1000000|96|infinite|up|idle\n")
         script = printed("--gpus", "6")
         assert (script["gpus-per-node"], script["constraint"]) == ("6", None)
         assert "compute capability 8.0 (A100) or newer is not known here" in script.notes
 
     def test_known_before_unknown(self, folder: Path, printed) -> None:
-        on(folder, "a*|gpu:x:4|(null)|5|1|1|infinite|up\nb|gpu:h200:4|(null)|5|1|1|infinite|up\n")
+        on(
+            folder,
+            "a*|gpu:x:4|(null)|5|1|1|infinite|up|idle\nb|gpu:h200:4|(null)|5|1|1|infinite|up|idle\n",
+        )
         assert printed()["partition"] == "b"
 
     def test_parts_of_gpus_only_by_name(self, folder: Path, printed) -> None:
@@ -217,7 +257,7 @@ class TestKind:
         ],
     )
     def test_age_by_name(self, gres: str, age: str) -> None:
-        assert read_cluster(f"p|{gres}|(null)|1|1|1|1:00|up")[0].age == age
+        assert read_cluster(f"p|{gres}|(null)|1|1|1|1:00|up|idle")[0].age == age
 
 
 class TestTime:
@@ -262,7 +302,7 @@ class TestWords:
     def test_are_in_the_script(self, folder: Path, printed) -> None:
         words = ["--factory", "llama31_8b", "log.name=x y"]
         script = printed("--gpus", "4", "--", *words)
-        assert "--factory llama31_8b 'log.name=x y' \"$@\"\n" in script.text
+        assert "--factory llama31_8b 'log.name=x y' \"$@\" || status=$?\n" in script.text
         assert f"LORA_SIF={folder}/lora.sif\n" in script.text
         assert printed("--", "train", *words).text.count(" train ") == 1  # in the first comment
 
@@ -279,6 +319,45 @@ class TestWords:
         words = ["data.global_batch_size=16", "trainer.devices=4", "trainer.num_nodes=2"]
         assert printed("--gpus", "8", "--", *words)["nodes"] == "2"
         assert "--gpus 8 --nodes 2" in refused("--gpus", "4", "--", *words)
+
+    def test_name_of_the_run(self, printed) -> None:
+        assert printed("--name", "x", "--", "log.name=my run")["job-name"] == "x"
+        assert printed("--", "log.name=my run #2")["job-name"] == "my_run_2"
+
+    @pytest.mark.parametrize(
+        "key", ["model.path", "data.path", "data.validation_path", "model.chat_template"]
+    )
+    def test_a_file_that_is_not_there(
+        self, folder: Path, printed, monkeypatch: pytest.MonkeyPatch, key: str
+    ) -> None:
+        word = f"{key}={folder}/nowhere/x"
+        problem = refused("--", word)
+        assert f"{word}: there is no such file or folder on {os.uname().nodename}" in problem
+        assert f"hint: ls {folder} " in problem
+        monkeypatch.setenv("APPTAINER_CONTAINER", "/x/lora.sif")
+        assert (
+            f"note: {word}: there is no such file or folder in this cont"
+            in printed("--", word).notes
+        )
+
+    def test_folders_that_the_container_must_show(
+        self, folder: Path, printed, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (folder / "here").mkdir()
+        monkeypatch.chdir(folder / "here")
+        for name in ("home", "away"):
+            (folder / name).mkdir()
+            (folder / name / "x.jsonl").touch()
+        monkeypatch.setenv("HOME", str(folder / "home"))
+        sif = ["--sif", f"{folder}/lora.sif"]
+        assert " --bind=" not in _start(printed(*sif, "--", f"data.path={folder}/home/x.jsonl"))
+        start = _start(printed(*sif, "--", f"data.path={folder}/away/x.jsonl"))
+        first = Path(*folder.parts[:2])  # of pytest, /tmp or not
+        shown = folder / "away" if first.name in ("tmp", "var") else first
+        assert f' --bind={shown} "$LORA_SIF"' in start
+        monkeypatch.setattr("lora_train.commands.job_paths._OF_THE_IMAGE", ())
+        start = _start(printed(*sif, "--", f"data.path={folder}/away/x.jsonl"))
+        assert f' --bind={first} "$LORA_SIF"' in start
 
     def test_nemo(self, printed) -> None:
         words = ["nemo", "llm", "finetune", "--factory", "llama31_8b"]
@@ -320,7 +399,7 @@ class TestWithoutSlurm:
         script = printed("--gpus", "8")
         line = next(line for line in script.notes.splitlines() if " | singularity run " in line)
         ask, start = line.strip().split(" | singularity run ")
-        assert ask == "sinfo -h -e -o '%P|%G|%f|%D|%m|%c|%l|%a'"
+        assert ask == "sinfo -h -e -o '%P|%G|%f|%D|%m|%c|%l|%a|%T'"
         assert start == "'/project/my images/lora.sif' sbatch --sinfo - --gpus 8"
         assert "LORA_SIF='/project/my images/lora.sif'\n" in script.text
         monkeypatch.setattr(sys, "stdin", io.StringIO(PLAIN))
@@ -346,8 +425,18 @@ class TestWithoutSlurm:
         assert f"the job starts {program}" in script.notes
         assert "no such file" in refused("--sif", "lora.sif")
 
+    def test_image_of_the_environment(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LORA_SIF", f"{folder}/other.sif")
+        assert f"LORA_SIF={folder}/other.sif: there is no such file" in refused()
+
+    def test_output_into_a_folder_that_is_not_there(self, folder: Path, printed) -> None:
+        assert "hint: mkdir -p logs" in refused("--output", "logs/%j.out")
+        (folder / "logs").mkdir()
+        assert printed("--output", "logs/%j.out")["output"] == "logs/%j.out"
+        assert printed("--output", "x/%u/%j.out")["output"] == "x/%u/%j.out"
+
     def test_rows_that_are_none(self, folder: Path) -> None:
-        assert "8 fields" in refused("--sinfo", str(_file(folder, "PARTITION AVAIL TIMELIMIT")))
+        assert "9 fields" in refused("--sinfo", str(_file(folder, "PARTITION AVAIL TIMELIMIT")))
         assert "--sinfo nowhere" in refused("--sinfo", "nowhere")
         assert "no GPU on this cluster" in refused("--sinfo", str(_file(folder, "")))
 
@@ -363,7 +452,14 @@ class TestSubmit:
         assert out == "42\n"
         assert "scontrol write batch_script 42" in errors
         assert (folder / "words").read_text() == "--parsable\n"
-        assert "#SBATCH --gpus-per-node=a100:4\n" in (folder / "job").read_text()
+        assert "#SBATCH --gpus-per-node=a100:4 " in (folder / "job").read_text()
+
+    def test_a_site_that_says_more(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        add(folder, "sbatch", "echo 'Welcome to node 3'; echo 'charged to x' >&2; echo 42")
+        assert main(["sbatch", "--submit"]) == 0
+        out, errors = capsys.readouterr()
+        assert out == "42\n"
+        assert "note: Slurm: charged to x\n" in errors
 
     def test_slurm_says_no(self, folder: Path) -> None:
         add(folder, "sbatch", 'echo "sbatch: error: invalid account" >&2; exit 1')
@@ -405,3 +501,8 @@ def _file(folder: Path, text: str) -> Path:
     file = folder / "sinfo.txt"
     file.write_text(text)
     return file
+
+
+def _start(script: Printed) -> str:
+    """The line that starts the container."""
+    return next(line for line in script.text.splitlines() if " run --nv " in line)
