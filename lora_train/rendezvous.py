@@ -21,6 +21,7 @@ from torch.distributed import DistStoreError, PrefixStore, Store
 
 from lora_train.device import select_device
 from lora_train.errors import EndedByAnother, LoraTrainError, UserError
+from lora_train.lifeline import Lifeline
 from lora_train.ranks import Ranks
 from lora_train.roll_call import call_roll, connect, open_store
 from lora_train.watch import Watch
@@ -51,7 +52,8 @@ class Group:
         self._num_turns = 0
         self.watch: Watch | None = None
         if store is not None:
-            self.watch = Watch(connect(ranks), self.rank, self.hosts)
+            lifeline = Lifeline(store, self.rank, ranks.variables()["MASTER_ADDR"])
+            self.watch = Watch(connect(ranks), self.rank, self.hosts, lifeline)
 
     @property
     def is_main(self) -> bool:

@@ -1,9 +1,9 @@
 """Ends all processes of a run soon after one of them failed, was killed, or hangs.
 
-Left alone, the others would wait for it in a collective operation until that one's time limit. Each
-process writes a sign of life into the store and looks whether someone announced the end; process 0,
-which holds the store, looks at all signs. A thread does it, so it also works while the main thread
-waits for a GPU.
+Left alone, the others would wait for it in a collective operation until that one's time limit. A
+process that fails announces the end in the store; one that was killed loses its lifeline to process
+0; one that was stopped or hangs gives no sign of life in the store, or does not come to where the
+others wait. A thread looks, so it also works while the main thread waits for a GPU.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from typing import Any
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from lora_train import exit_status
+from lora_train.lifeline import Lifeline
 
 _BEAT_SECONDS = 1.0
-# Silence of a process that is dead or stopped: longer than a busy node or a hiccup of the network.
-# Before the first step a process may be silent while it loads a library from a slow file system.
-_SILENCE_SECONDS = 25.0
-_SILENCE_AT_START_SECONDS = 180.0
+# Silence of a process that was stopped. Python's threads stand still while one of them waits for a
+# file to be opened, or loads a library, so it is long, and longest while files are in use.
+_SILENCE_SECONDS = 120.0
+_BUSY_SILENCE_SECONDS = 900.0
+# from the loss of a lifeline; who announced the end has lost it as well
+_LAST_WORDS_SECONDS = 3.0
+# this process was stopped itself (a suspended job), and has no idea of the others
+_PAUSE_SECONDS = 10.0
 # How long processes wait for one that still gives signs of life, but does not come to the sum of
 # the step's gradients: at least so long, and so many times the longest step before.
 _STUCK_SECONDS = 300.0
@@ -35,6 +40,7 @@ _STUCK_STEPS = 20
 # what a checkpoint that is being written gets, and what the others get to read the message
 _SAVE_SECONDS = 15.0
 _FAREWELL_SECONDS = 5.0
+_JOIN_SECONDS = 40.0
 
 
 class Watch:
@@ -44,9 +50,10 @@ class Watch:
         store: a connection of its own to the store of all processes.
         rank: of this process.
         hosts: of every process.
+        lifeline: of this process.
     """
 
-    def __init__(self, store: Store, rank: int, hosts: list[str]) -> None:
+    def __init__(self, store: Store, rank: int, hosts: list[str], lifeline: Lifeline) -> None:
         self._store = store
         self._rank = rank
         self._hosts = hosts
@@ -58,9 +65,10 @@ class Watch:
         self._last_sum = 0.0
         self._states: dict[int, tuple[int, bool]] = {}
         self._seen: dict[int, tuple[Any, float]] = {}
+        self._lifeline = lifeline
+        self._lost: dict[int, float] = {}
         self._not_saving = threading.Event()
         self._not_saving.set()
-        self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._last_answer = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -85,6 +93,8 @@ class Watch:
     def saving(self) -> Iterator[None]:
         """Mark that a checkpoint is being written."""
         self._not_saving.clear()
+        with contextlib.suppress(DistNetworkError, DistStoreError):
+            self._give_sign()  # now: the thread may stand still in a moment
         try:
             yield
         finally:
@@ -99,52 +109,68 @@ class Watch:
             hint: how to go on.
         """
         self._stopped.set()
-        self._thread.join(_SILENCE_SECONDS)
+        self._thread.join(_JOIN_SECONDS)
         with contextlib.suppress(DistNetworkError, DistStoreError):
             self._publish(self._rank, status, message, hint)
             self._say_farewell()
 
     def wait_for_end(self) -> None:
         """Wait until a process that failed could have said so, or its silence is noticed."""
-        self._thread.join(2 * self._silence)
+        self._thread.join(_JOIN_SECONDS)
 
     def stop(self) -> None:
         """Stop watching at the good end of a run, once all processes are there."""
         self._stopped.set()
-        self._thread.join(_SILENCE_SECONDS)
+        self._thread.join(_JOIN_SECONDS)
         with contextlib.suppress(DistNetworkError, DistStoreError):
             self._say_farewell()
 
     def _run(self) -> None:
         try:
+            before = time.monotonic()
             while not self._stopped.wait(_BEAT_SECONDS):
+                now = time.monotonic()
+                if now - before > _PAUSE_SECONDS:
+                    self._seen.clear()
+                before = now
                 self._beat()
         except (DistNetworkError, DistStoreError):
             if not self._stopped.is_set():
                 self._end(self._gone(0, "is gone"), has_store=False)
 
-    @property
-    def _silence(self) -> float:
-        return _SILENCE_SECONDS if self._sums else _SILENCE_AT_START_SECONDS
-
     def _check_answers(self) -> None:
         """End the run when the store's process is stopped: a request to it may wait for ever."""
+        before = time.monotonic()
         while not self._stopped.wait(_BEAT_SECONDS):
-            silence = time.monotonic() - self._last_answer
-            if silence > self._silence + _BEAT_SECONDS:
-                seen = f"has not answered for {silence:.0f} s: killed or stopped"
+            now = time.monotonic()
+            if now - before > _PAUSE_SECONDS:
+                self._last_answer = now
+            before = now
+            silence = now - self._last_answer
+            if silence > self._silence(is_busy=not self._sums):
+                seen = f"has not answered for {silence:.0f} s: stopped, or its node is"
                 self._end(self._gone(0, seen), has_store=False)
+
+    def _silence(self, *, is_busy: bool) -> float:
+        return _BUSY_SILENCE_SECONDS if is_busy else _SILENCE_SECONDS
+
+    def _give_sign(self) -> None:
+        is_busy = not self._sums or not self._not_saving.is_set()
+        sign = [self._beats, self._sums, self._is_waiting, is_busy]
+        self._store.set(f"beat/{self._rank}", json.dumps(sign))
 
     def _beat(self) -> None:
         self._beats += 1
-        beat = json.dumps([self._beats, self._sums, self._is_waiting])
-        self._store.set(f"beat/{self._rank}", beat)
+        self._give_sign()
         # the store answers, or this raises
-        self._store.wait([f"beat/{self._rank}"], timedelta(seconds=self._silence))
+        self._store.wait([f"beat/{self._rank}"], timedelta(seconds=_BUSY_SILENCE_SECONDS))
         self._last_answer = time.monotonic()
         if self._store.check(["end"]):
             self._end(json.loads(self._store.get("end")))
         now = time.monotonic()
+        for rank in list(self._lifeline.closed):
+            if now - self._lost.setdefault(rank, now) > _LAST_WORDS_SECONDS:
+                self._end_all(self._gone(rank, "has ended without a word: killed, or its node is"))
         # all look at process 0, which looks at all: the store may be torchrun's
         for rank in self._others if self._rank == 0 else [0]:
             self._look_at(rank, now)
@@ -154,14 +180,14 @@ class Watch:
     def _look_at(self, rank: int, now: float) -> None:
         """End the run when a process gives no sign of life any more."""
         key = f"beat/{rank}"
-        beat: Any = [0, 0, False]
+        sign: Any = [0, 0, False, True]
         if self._store.check([key]):
-            beat = json.loads(self._store.get(key))
-        self._states[rank] = (beat[1], beat[2])
-        limit = self._silence
-        if self._is_unchanged(rank, beat[0], now, limit):
-            seen = f"has given no sign of life for {limit:.0f} s: killed or stopped"
-            self._end_all(self._gone(rank, seen))
+            sign = json.loads(self._store.get(key))
+        number, sums, is_waiting, is_busy = sign
+        self._states[rank] = (sums, is_waiting)
+        limit = self._silence(is_busy=is_busy)
+        if self._is_unchanged(rank, number, now, limit):
+            self._end_all(self._gone(rank, f"has given no sign of life for {limit:.0f} s: stopped"))
 
     def _look_for_stuck(self, now: float) -> None:
         """End the run when the others wait too long for one."""
