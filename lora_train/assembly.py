@@ -36,7 +36,7 @@ _CALIBRATION_PACKS = 256
 
 def make_accelerator(config: Config, directory: RunDirectory, group: Group) -> Accelerator:
     """Return accelerate's view of this process: device, precision, trackers."""
-    set_cpu_threads(group.ranks.local_world_size)
+    set_cpu_threads(group.ranks.local_world_size, share=group.ranks.shares_cores)
     device = select_device(group.ranks.local_rank)
     bf16 = select_precision(config.trainer.precision, device).dtype == torch.bfloat16
     if not config.log.online:

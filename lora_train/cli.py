@@ -18,7 +18,7 @@ from types import FrameType
 import lora_train
 from lora_train import exit_status
 from lora_train.config import Config
-from lora_train.errors import EndedByAnother, LoraTrainError
+from lora_train.errors import EndedByAnother, LoraTrainError, UserError
 
 _BOOLEAN_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _OVERRIDE = re.compile(r"^([\w.\[\]]+)\s*([-+*/|&]?=)(.*)$", re.DOTALL)
@@ -188,7 +188,11 @@ def _train(words: Sequence[str]) -> int:
     from lora_train.preflight.runner import is_ready
 
     machine = this_machine(tuple(words), run_follows=True)
-    ranks = find_ranks(config, machine.count_devices)
+    try:
+        ranks = find_ranks(config, machine.count_devices)
+    except UserError as error:
+        _tell_other_nodes(error)
+        raise
     gradient_accumulation_steps(config, ranks.world_size)
     check_trackers(config)
     if parsed.factory is None and parsed.config_file is None and ranks.speaks_for_run:
@@ -209,6 +213,17 @@ def _train(words: Sequence[str]) -> int:
 
     # the processes on other nodes must hear of it
     return run(config, argv=["lora-train", *words], ranks=ranks, is_refused=not ready)
+
+
+def _tell_other_nodes(error: UserError) -> None:
+    """Let the processes on other nodes end as well, which would wait for this one."""
+    from lora_train.ranks import place_in_step
+
+    place = place_in_step()
+    if place is not None:
+        from lora_train.rendezvous import join
+
+        join(place, error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -125,21 +125,24 @@ def compute_deterministically() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def set_cpu_threads(processes_per_node: int = 1) -> int:
+def set_cpu_threads(processes_per_node: int = 1, *, share: bool = True) -> int:
     """Let torch use the cores that this process may use.
 
     torch counts the node's cores, also where Slurm or a container grants a few of them; more
     threads than cores make every operation wait for the thread that has no core.
 
     Args:
-        processes_per_node: processes that share these cores, when none has cores of its own.
+        processes_per_node: processes of this run on the node.
+        share: whether they share these cores; else each may have cores of its own, or all see all.
 
     Returns:
         The threads that torch will use.
     """
     # the user's word counts, and torch has read it already
     if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, usable_cores() // processes_per_node))
+        cores = usable_cores()
+        own = (cores if share else os.cpu_count() or cores) // processes_per_node
+        torch.set_num_threads(max(1, min(cores, own)))
     return torch.get_num_threads()
 
 

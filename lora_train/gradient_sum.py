@@ -2,8 +2,9 @@
 
 All gradients are views of one flat fp32 buffer, in the order in which a backward pass ends with
 them: the last layers first. It travels in a few chunks, each from the moment when all of its
-gradients are final, so that all but the last one travel beside the backward pass. A few numbers
-(the loss, a wish to stop) go along behind the last gradient: a step needs no other collective.
+gradients are final, so that all but the last one travel beside the backward pass. A few numbers,
+such as the loss, go along behind the last gradient: the GPUs wait for each other once a step. (A
+wish to stop is agreed on elsewhere, through gloo on the CPU.)
 
     gradient_sum.zero()
     for batch in batches:

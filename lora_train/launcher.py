@@ -23,7 +23,7 @@ from lora_train.stop_signals import STOP_SIGNALS
 
 # how long the others get after the first that failed: they end by themselves when they have seen it
 # (watch.py), a main process in the middle of a checkpoint later
-_SECONDS_TO_END = 30.0
+_SECONDS_TO_END = 60.0
 _SECONDS_TO_KILL = 5.0
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -50,7 +50,8 @@ class _Launch:
         self._children: list[subprocess.Popen[bytes]] = []
         self._signal: int | None = None
         for stop_signal in STOP_SIGNALS:
-            signal.signal(stop_signal, self._forward)
+            if signal.getsignal(stop_signal) != signal.SIG_IGN:  # SIGHUP under nohup
+                signal.signal(stop_signal, self._forward)
         variables = {"MASTER_PORT": str(_free_port())} if ranks.port is None else {}
         for number in range(ranks.num_to_start):
             self._children.append(
@@ -62,6 +63,8 @@ class _Launch:
                         **variables,
                         "LORA_LAUNCHER": str(os.getpid()),
                     },
+                    # a question to the terminal would stop a process in the background for good
+                    stdin=subprocess.DEVNULL,
                     # a process group of its own: Ctrl-C reaches the terminal's group, so a child
                     # would get it twice
                     process_group=0,

@@ -160,10 +160,14 @@ def _load_whole(
                 **options,
             )
     except torch.OutOfMemoryError as error:
+        smaller = (
+            "set model.quantization=null and trainer.strategy=fsdp2 on several GPUs"
+            if config.quantization == "nf4"
+            else "set model.quantization=nf4, or trainer.strategy=fsdp2 on several GPUs"
+        )
         raise UserError(
             f"model.path={config.path} does not fit on {device}: {error}",
-            hint="set model.quantization=nf4, or trainer.strategy=fsdp2 on several GPUs, or ask "
-            "Slurm for a GPU with more memory",
+            hint=f"{smaller}, or ask Slurm for a GPU with more memory",
         ) from error
     except Exception as error:
         raise loading_error(error, config) from error
@@ -179,6 +183,13 @@ def _reading_weights() -> Iterator[None]:
     It maps them until the last weight is loaded, and every page that was read counts as memory of
     this process: 141 GB at 70B, where a weight at a time takes less than one.
     """
+    if not hasattr(modeling_utils, "safe_open"):
+        logger.warning(
+            "transformers opens files in another way than it did: the weights' files stay mapped "
+            "until all are loaded, and count as memory of this process"
+        )
+        yield
+        return
 
     def read(*args: Any, **kwargs: Any) -> Any:
         return safe_open(*args, **kwargs | {"backend": "pread"})

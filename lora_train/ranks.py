@@ -44,6 +44,8 @@ class Ranks:
     """Where process 0 listens."""
     port: int | None = None
     """Its port; None: any free one, as all processes are started here."""
+    shares_cores: bool = True
+    """Whether the processes of this node have its cores in common, as tasks of srun may not."""
     warning: str | None = None
     """What is odd about the shape of the job, and how to mend it."""
 
@@ -125,6 +127,28 @@ def shape_lines(num_nodes: int, num_gpus: int) -> str:
     )
 
 
+def place_in_step() -> Ranks | None:
+    """Say where this task stands among those of several nodes, as far as Slurm alone tells.
+
+    Returns:
+        What is enough to tell the others why this one cannot take part; None on a single node,
+        where all see the same.
+    """
+    step = read_step() if _given() is None else None
+    if step is None or len(step.tasks_per_node) == 1:
+        return None
+    return Ranks(
+        global_rank=step.task,
+        world_size=step.num_tasks,
+        local_rank=step.local_task,
+        local_world_size=step.tasks_here,
+        node=step.node,
+        num_nodes=len(step.tasks_per_node),
+        host=step.first_host,
+        port=step.port,
+    )
+
+
 def planned_world_size(config: Config) -> int:
     """Count the processes of a run that starts elsewhere or later: what the configuration says."""
     asked, nodes = config.trainer.devices, config.trainer.num_nodes
@@ -135,7 +159,10 @@ def _given() -> Ranks | None:
     """What torchrun, accelerate or our own launcher announced, or None."""
     given = [name for name in _VARIABLES if os.environ.get(name)]
     if not given:
+        _refuse_mpi()
         return None
+    if "RANK" not in given and os.environ.get("SLURM_STEP_NUM_TASKS"):
+        return None  # a script has set WORLD_SIZE for a trainer that wants it; srun says all
     values = {name: os.environ.get(name, "") for name in _VARIABLES}
     seen = " ".join(f"{name}={value}" for name, value in values.items() if value)
     if len(given) < len(_VARIABLES) or not all(map(str.isdecimal, values.values())):
@@ -160,12 +187,23 @@ def _given() -> Ranks | None:
     )
 
 
+def _refuse_mpi() -> None:
+    """Refuse to be one of many that know nothing of each other."""
+    size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
+    if size != "1" and not os.environ.get("SLURM_STEP_NUM_TASKS"):
+        raise UserError(
+            f"mpirun has started {size} of these",
+            hint="start it with srun, or once, without mpirun: it starts a process for each GPU",
+        )
+
+
 def _port() -> int:
     text = os.environ.get("MASTER_PORT", "")
     if not text.isdecimal():
         raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, and MASTER_PORT={text!r} is no port",
-            hint="start it with torchrun, or unset RANK WORLD_SIZE LOCAL_RANK",
+            f"MASTER_PORT={text!r} is no port",
+            hint="unset MASTER_PORT RANK WORLD_SIZE LOCAL_RANK; lora-train starts its processes "
+            "itself, and finds a port",
         )
     return int(text)
 
@@ -198,6 +236,8 @@ def _of_step(config: Config, step: SlurmStep, num_devices: int) -> Ranks:
             f"{step.tasks_here} task(s) on {platform.node()}, where the job has no GPU",
             hint=shape_lines(num_nodes, step.gpus_on_node or 1),
         )
+    if os.environ.get("MASTER_PORT"):
+        _port()
     host = _LOCAL_HOST if num_nodes == 1 else step.first_host
     if set(step.tasks_per_node) == {1}:
         num_processes = _num_to_start(config, num_devices, num_nodes)
@@ -223,6 +263,7 @@ def _of_step(config: Config, step: SlurmStep, num_devices: int) -> Ranks:
         num_nodes=num_nodes,
         host=host,
         port=step.port,
+        shares_cores=False,
         warning=warning,
     )
 
@@ -232,18 +273,20 @@ def _judge_tasks(step: SlurmStep, num_devices: int) -> str | None:
     num_nodes, here = len(step.tasks_per_node), step.tasks_here
     if not num_devices:
         return None  # CPU
+    on_node = max(step.gpus_on_node or 0, num_devices)
     # with --gpus-per-task a task sees its own GPU alone, of those that the node has
-    available = step.gpus_on_node if num_devices == 1 and step.gpus_on_node else num_devices
+    available = on_node if num_devices == 1 else num_devices
     if here > available:
         raise UserError(
-            f"{here} tasks on {platform.node()}, where the job has {available} GPU(s): "
-            "each process needs one of its own",
-            hint=shape_lines(num_nodes, available),
+            f"{here} tasks on {platform.node()}, where the job has {on_node} GPU(s) and each task "
+            f"sees {num_devices}: each process needs one of its own",
+            hint=shape_lines(num_nodes, on_node),
         )
-    if step.has_own_gpus and num_devices > 1:
+    # what each sees is its own, and not all that there is (as with --gpu-bind=none)
+    if step.has_own_gpus and num_devices > 1 and here * num_devices <= on_node:
         raise UserError(
             f"each task has {num_devices} GPUs of its own, and a process takes one",
-            hint=shape_lines(num_nodes, step.gpus_on_node or num_devices),
+            hint=shape_lines(num_nodes, on_node),
         )
     if available > here:
         return (

@@ -160,6 +160,8 @@ def join(ranks: Ranks, problem: LoraTrainError | None = None) -> Group:
     if ranks.world_size == 1:
         if problem is not None:
             raise problem
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)  # or accelerate would look for other processes
         return Group(ranks)
     os.environ.update(ranks.variables())  # accelerate and NCCL read them
     store = open_store(ranks)
@@ -169,7 +171,11 @@ def join(ranks: Ranks, problem: LoraTrainError | None = None) -> Group:
             device = str(select_device(ranks.local_rank))
         except UserError as error:
             problem = error
-    hosts = call_roll(ranks, store, device.partition(":")[0], problem)
+    is_cuda = device.startswith("cuda")
+    if is_cuda:
+        torch.cuda.set_device(torch.device(device))
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if is_cuda else device
+    hosts = call_roll(ranks, store, uuid, problem)
     print(
         f"Initializing distributed: GLOBAL_RANK: {ranks.global_rank}, "
         f"MEMBER: {ranks.global_rank + 1}/{ranks.world_size}, {platform.node()}, {device}\n",
@@ -178,9 +184,6 @@ def join(ranks: Ranks, problem: LoraTrainError | None = None) -> Group:
         flush=True,
     )
     group = Group(ranks, store, hosts)
-    is_cuda = device.startswith("cuda")
-    if is_cuda:
-        torch.cuda.set_device(torch.device(device))
     torch.distributed.init_process_group(
         # small things between hosts go through gloo, where the GPU need not be waited for
         "cpu:gloo,cuda:nccl" if is_cuda else "gloo",

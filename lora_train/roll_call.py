@@ -41,12 +41,18 @@ def open_store(ranks: Ranks) -> Store:
     is_holder = ranks.global_rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     me = f"rank {ranks.global_rank} on {platform.node()}"
     try:
-        return _named(TCPStore(host, port, None, is_holder, _GATHERING, wait_for_workers=False))
+        store = _named(TCPStore(host, port, None, is_holder, _GATHERING, wait_for_workers=False))
+        if ranks.global_rank == 0:
+            store.set("owner", _identity())
+        store.wait(["owner"], _GATHERING)
+        owner = store.get("owner").decode()
     except (DistNetworkError, DistStoreError) as error:
         if ranks.global_rank == 0:
             raise UserError(
                 f"{me} cannot listen on port {port}: {_first_line(error)}",
-                hint="export MASTER_PORT=29400 (any free port, the same in all processes)",
+                hint="unset MASTER_PORT"
+                if os.environ.get("MASTER_PORT")
+                else "export MASTER_PORT=29400 (any free port, the same in all processes)",
             ) from error
         raise RunError(
             f"{me} cannot reach rank 0 at {host}:{port} within {_GATHERING.seconds} s: "
@@ -54,6 +60,12 @@ def open_store(ranks: Ranks) -> Store:
             hint="rank 0 did not start (its own message says why), or a firewall is between the "
             "nodes; export MASTER_ADDR=HOST names another address of its node",
         ) from error
+    if owner != _identity():
+        raise RunError(
+            f"{me}: port {port} on {host} belongs to another run ({owner or 'of no job'})",
+            hint="unset MASTER_PORT: each step of a job then has a port of its own",
+        )
+    return store
 
 
 def connect(ranks: Ranks) -> Store:
@@ -67,6 +79,14 @@ def _named(store: Store) -> Store:
     return PrefixStore(f"lora-train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
+def _identity() -> str:
+    """Name the run that this process was started for."""
+    names = ["SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"]
+    if not os.environ.get("SLURM_STEP_ID"):  # the launcher is another process on each node
+        names.append("LORA_LAUNCHER")
+    return " ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
+
+
 def _address(ranks: Ranks) -> tuple[str, int]:
     variables = ranks.variables()
     return variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
@@ -76,7 +96,7 @@ class _Roll(NamedTuple):
     """What all processes know of each other before they begin."""
 
     nodes: list[Any]
-    """Of each node: its host, its processes, and how many it takes the run to have."""
+    """Of each node: its host, its processes, how many it takes the run to have, its problem."""
     said: list[Any]
     """Of each process: its host, device and problem; None: it has not come."""
 
@@ -87,7 +107,7 @@ def call_roll(ranks: Ranks, store: Store, device: str, problem: LoraTrainError |
     Args:
         ranks: its place. One that starts processes speaks for them.
         store: what `open_store` returned.
-        device: cpu or cuda.
+        device: cpu, or the UUID of a GPU.
         problem: why it, or those that it would start, cannot take part.
 
     Returns:
@@ -105,15 +125,16 @@ def call_roll(ranks: Ranks, store: Store, device: str, problem: LoraTrainError |
     }
     for rank in range(ranks.global_rank, ranks.global_rank + max(1, ranks.num_to_start)):
         store.set(f"here/{rank}", json.dumps(here))
-    roll = _call_roll(ranks, store)
+    roll = _call_roll(ranks, store, here["problem"])
     _judge(ranks, roll, problem)
     return [said["host"] for said in roll.said]
 
 
-def _call_roll(ranks: Ranks, store: Store) -> _Roll:
+def _call_roll(ranks: Ranks, store: Store, problem: Any) -> _Roll:
     """Wait until every process has said that it is there."""
-    here = [platform.node(), ranks.local_world_size, ranks.world_size]
-    store.set(f"node/{ranks.node}", json.dumps(here))
+    # what keeps one process of a node from taking part may keep it from knowing the run's size
+    node = [platform.node(), ranks.local_world_size, ranks.world_size if problem is None else -1]
+    store.set(f"node/{ranks.node}", json.dumps([*node, problem]))
     if ranks.global_rank > 0:
         return _hear_roll(ranks, store)
     nodes = _gather(store, [f"node/{number}" for number in range(ranks.num_nodes)])
@@ -169,14 +190,19 @@ def _read_keys(ranks: Ranks) -> list[str]:
 
 def _judge(ranks: Ranks, roll: _Roll, problem: LoraTrainError | None) -> None:
     """Raise what keeps the run from starting, the same on every process."""
+    if problem is not None:
+        raise problem
+    there = [node for node in roll.nodes if node is not None]
+    for host, _, _, theirs in there:
+        if theirs is not None:
+            raise _for_main(ranks, UserError(f"{host}: {theirs[0]}", hint=theirs[1]))
     if not _same_size(roll.nodes):
-        there = [node for node in roll.nodes if node is not None]
-        counts = ", ".join(f"{count} on {host}" for host, count, _ in there)
+        counts = ", ".join(f"{count} on {host}" for host, count, *_ in there)
         raise _for_main(
             ranks,
             UserError(
                 f"the job has other numbers of GPUs on its nodes: {counts}",
-                hint=shape_lines(ranks.num_nodes, min(count for _, count, _ in there)),
+                hint=shape_lines(ranks.num_nodes, min(count for _, count, *_ in there)),
             ),
         )
     missing = [str(rank) for rank, said in enumerate(roll.said) if said is None]
@@ -191,21 +217,26 @@ def _judge(ranks: Ranks, roll: _Roll, problem: LoraTrainError | None) -> None:
                 "#SBATCH --exclude=NODE leaves a node out",
             ),
         )
-    wrong = [(rank, said) for rank, said in enumerate(roll.said) if said["problem"] is not None]
-    if wrong:
-        if problem is not None:
-            raise problem
-        rank, said = wrong[0]
-        message, hint = said["problem"]
-        raise _for_main(ranks, UserError(f"rank {rank} on {said['host']}: {message}", hint=hint))
-    if len({said["device"] for said in roll.said}) > 1:
-        without = sorted({said["host"] for said in roll.said if said["device"] == "cpu"})
+    without = sorted({said["host"] for said in roll.said if said["device"] == "cpu"})
+    if without and len(roll.said) > sum(said["device"] == "cpu" for said in roll.said):
         raise _for_main(
             ranks,
             UserError(
                 f"some processes have a GPU, and those on {', '.join(without)} have none",
                 hint="#SBATCH --gpus-per-node=N gives every node its own, in place of --gpus "
                 f"or --gres; or #SBATCH --exclude={','.join(without)}",
+            ),
+        )
+    found = [(said["host"], said["device"]) for said in roll.said if said["device"] != "cpu"]
+    shared = sorted({each for each in found if found.count(each) > 1})
+    if shared:
+        host, device = shared[0]
+        raise _for_main(
+            ranks,
+            UserError(
+                f"{found.count(shared[0])} processes on {host} have the same GPU, {device}: each "
+                "needs a whole one of its own",
+                hint="#SBATCH --ntasks-per-node=1, and lora-train starts a process for each GPU",
             ),
         )
 

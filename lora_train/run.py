@@ -57,7 +57,7 @@ from lora_train.run_directory import (
     open_run_directory,
     publish_run_directory,
 )
-from lora_train.sharding import make_mesh
+from lora_train.sharding import check_shardable, make_mesh
 from lora_train.stop_signals import StopSignals
 from lora_train.summary import make_summary, print_summary
 from lora_train.trainer import Trainer, memory_hint
@@ -145,8 +145,8 @@ def _run(
     backlog: MemoryHandler,
     group: Group,
 ) -> _End:
-    summary = directory.read_json("summary.json")
-    if summary is not None and is_finished(config, directory, summary):
+    summary = group.from_main(directory.read_json("summary.json"))
+    if summary is not None and group.from_main(is_finished(config, directory, summary)):
         log.info("%s is complete; --resume never trains a new one beside it", directory.path)
         if group.is_main:
             print_summary(Console(), summary)
@@ -155,6 +155,11 @@ def _run(
     # data before the model: a mistake in it shows in seconds, a model may take minutes to load
     accelerator = make_accelerator(config, directory, group)
     check_device(config, accelerator.device)
+    check_shardable(config)
+    precision = select_precision(config.trainer.precision, accelerator.device)
+    log.info("device: %s; %s", describe_device(accelerator.device), precision.reason)
+    _check_precision(group, precision)
+    mesh = make_mesh(config, accelerator.device, precision.dtype)
     if group.world_size > 1:  # or all would download at once
         with group.main_first():
             download_model(config.model)
@@ -173,10 +178,6 @@ def _run(
             log.warning("no held-out examples to answer: eval.num_generate has no effect")
     compute_deterministically()
     set_seed(config.trainer.seed)
-    precision = select_precision(config.trainer.precision, accelerator.device)
-    log.info("device: %s; %s", describe_device(accelerator.device), precision.reason)
-    _check_precision(group, precision)
-    mesh = make_mesh(config, accelerator.device, precision.dtype)
     base = load_base_model(config.model, precision.dtype, accelerator.device, mesh)
     log.info("model: %s", describe_model(base))
     model = attach_adapter(
@@ -415,4 +416,11 @@ def _open_together(config: Config, group: Group) -> RunDirectory:
     shared = group.from_main(opened and dataclasses.replace(opened, lock=None))
     found = opened or shared
     assert found is not None
+    is_seen = group.gather((found.path / ".lock").exists())
+    if not all(is_seen):
+        blind = group.hosts[is_seen.index(False)]
+        raise UserError(
+            f"{blind} does not see {found.path}, which {group.hosts[0]} has opened",
+            hint="log.log_dir=FOLDER must be one that all nodes share",
+        )
     return found

@@ -11,10 +11,12 @@ embedding, head and norms too, which the fused decoder reads without a call of t
 
 from __future__ import annotations
 
+import json
 import logging
-import socket
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 _SHARE_FOR_WEIGHTS = 0.6
 # saved by old conversions; computed from config.json nowadays
 _COMPUTED = ".rotary_emb.inv_freq"
+_MOST_GPUS = 1024
 
 
 class PlannedBytes(NamedTuple):
@@ -73,6 +77,46 @@ def planned_bytes(
     return PlannedBytes(weights * itemsize, 3 * layer * itemsize)
 
 
+class Member(NamedTuple):
+    """What a process tells the others, before they decide together."""
+
+    host: str
+    dtype: torch.dtype
+    """Of the weights."""
+    memory: int
+    """Bytes that its GPU has; 0 for a CPU."""
+
+
+def check_shardable(config: Config) -> None:
+    """Refuse early, by names alone, a model whose weights are not read as they are stored.
+
+    transformers renames and merges weights of some models as it loads them, such as those of the
+    experts of a mixture: a process that reads its own rows of each weight cannot.
+
+    Args:
+        config: the run; `trainer.strategy` and `model` are read.
+
+    Raises:
+        UserError: fsdp2 would read such a model; or the model cannot be found or read.
+    """
+    if config.trainer.strategy != "fsdp2" or _world_size() == 1:
+        return
+    source = resolve_model(config.model)
+    model_config = read_config_dict(source, config.model)
+    names = _stored_names(source, config.model)
+    for part in (model_config, model_config.get("text_config") or {}):
+        kind = part.get("model_type")
+        for transform in get_checkpoint_conversion_mapping(kind) or ():
+            for name in names:
+                loaded, _ = transform.rename_source_key(name)
+                if loaded != name:
+                    raise _unsuitable(
+                        config.model,
+                        f"a model of type {kind!r} is not read as it is stored: transformers makes "
+                        f"{loaded} of {name}",
+                    )
+
+
 def make_mesh(config: Config, device: torch.device, dtype: torch.dtype) -> DeviceMesh | None:
     """Say which processes share the base model; a collective call.
 
@@ -89,28 +133,99 @@ def make_mesh(config: Config, device: torch.device, dtype: torch.dtype) -> Devic
         process.
 
     Raises:
-        UserError: the model cannot be found or read.
+        UserError: the model cannot be found or read, its weights do not fit, or the processes do
+            not compute in one dtype; on all of them.
     """
     if config.trainer.strategy != "fsdp2":
         return None
-    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    world = _world_size()
     if world == 1:
         logger.warning("trainer.strategy=fsdp2 on one device: there is nothing to share, as ddp")
         return None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # FSDP2 takes the current one
-    hosts = [""] * world
-    distributed.all_gather_object(hosts, socket.gethostname())
-    per_node = {len(list(processes)) for _, processes in groupby(hosts)}
-    local = per_node.pop() if len(per_node) == 1 else world
-    if 1 < local < world and device.type == "cuda":
-        source = resolve_model(config.model)
-        plan = planned_bytes(read_config_dict(source, config.model), dtype.itemsize, local)
-        room = _SHARE_FOR_WEIGHTS * torch.cuda.get_device_properties(device).total_memory
-        if plan is not None and sum(plan) <= room:
-            shape, names = (world // local, local), ("node", "device")
-            return init_device_mesh("cuda", shape, mesh_dim_names=names)["device"]
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    members: list[Any] = [None] * world
+    distributed.all_gather_object(members, Member(platform.node(), dtype, memory))
+    source = resolve_model(config.model)
+    num_shards = choose_num_shards(members, read_config_dict(source, config.model), config.model)
+    if num_shards < world:
+        shape, names = (world // num_shards, num_shards), ("node", "device")
+        return init_device_mesh("cuda", shape, mesh_dim_names=names)["device"]
     return init_device_mesh(device.type, (world,))
+
+
+def choose_num_shards(
+    members: Sequence[Member], model_config: Mapping[str, Any], config: ModelConfig
+) -> int:
+    """Decide how many processes share the base model, from what all of them know.
+
+    Args:
+        members: all processes, in order.
+        model_config: the content of config.json.
+        config: the section that names the model.
+
+    Returns:
+        The processes of a node, where the model fits on each node; otherwise all.
+
+    Raises:
+        UserError: they do not compute in one dtype, or the weights do not fit.
+    """
+    hosts: dict[torch.dtype, list[str]] = {}
+    for member in members:
+        hosts.setdefault(member.dtype, []).append(member.host)
+    if len(hosts) > 1:
+        found = "; ".join(
+            f"{str(dtype).removeprefix('torch.')} on {', '.join(dict.fromkeys(names))}"
+            for dtype, names in hosts.items()
+        )
+        raise UserError(
+            f"trainer.strategy=fsdp2 shares weights of one dtype, these GPUs differ: {found}",
+            hint="trainer.precision=fp32, or GPUs of one kind, such as #SBATCH --constraint=a100",
+        )
+    world, itemsize = len(members), members[0].dtype.itemsize
+    memory = min(member.memory for member in members)
+    plan = planned_bytes(model_config, itemsize, world)
+    if plan is None or memory == 0:
+        return world
+    if plan.weights > memory:
+        raise _too_large(plan, model_config, config, itemsize, memory, world)
+    per_node = {len(list(group)) for _, group in groupby(members, lambda member: member.host)}
+    local = per_node.pop() if len(per_node) == 1 else world
+    plan = planned_bytes(model_config, itemsize, local)
+    assert plan is not None
+    return local if local > 1 and sum(plan) <= _SHARE_FOR_WEIGHTS * memory else world
+
+
+def _too_large(
+    plan: PlannedBytes,
+    model_config: Mapping[str, Any],
+    config: ModelConfig,
+    itemsize: int,
+    memory: int,
+    world: int,
+) -> UserError:
+    hints = []
+    for more in range(world + 1, _MOST_GPUS):
+        share = planned_bytes(model_config, itemsize, more)
+        if share is not None and sum(share) < memory:
+            hints.append(f"ask Slurm for {more} such GPUs or more")
+            break
+    # 4 bits of each weight: as if so many shared it
+    nf4 = planned_bytes(model_config, itemsize, 2 * itemsize)
+    if nf4 is not None and sum(nf4) < memory:
+        gib = nf4.weights / 2**30
+        hints.append(f"trainer.strategy=ddp model.quantization=nf4 takes about {gib:.0f} GiB")
+    return UserError(
+        f"model.path={config.path}: trainer.strategy=fsdp2 over {world} GPUs puts "
+        f"{plan.weights / 2**30:.1f} GiB of weights on each, and the smallest has "
+        f"{memory / 2**30:.1f} GiB",
+        hint="; or ".join(hints) or "ask Slurm for GPUs with more memory",
+    )
+
+
+def _world_size() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def load_sharded(
@@ -141,9 +256,15 @@ def load_sharded(
     """
     files = _weight_files(source, config)
     with init_empty_weights(include_buffers=False):
+        # in fp32, as transformers does: what a model computes itself (GPT-J's positions) would be
+        # rounded to the dtype of its weights
         model = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, attn_implementation=attention
+            model_config, dtype=torch.float32, attn_implementation=attention
         )
+    for weight in model.state_dict(keep_vars=True).values():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
     model.requires_grad_(False).eval()
     layers = _decoder_layers(model, config)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -186,13 +307,8 @@ def _log_memory(
 
 def _weight_files(source: str, config: ModelConfig) -> list[str]:
     """Return the safetensors files of a folder or a hub model, fetched if they are not here."""
+    index = _index_file(source, config)
     try:
-        index = cached_file(
-            source,
-            SAFE_WEIGHTS_INDEX_NAME,
-            revision=config.revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
         if index is None:
             return [cached_file(source, SAFE_WEIGHTS_NAME, revision=config.revision)]
         files, _ = get_checkpoint_shard_files(source, index, revision=config.revision)
@@ -201,13 +317,42 @@ def _weight_files(source: str, config: ModelConfig) -> list[str]:
     return list(files)
 
 
+def _index_file(source: str, config: ModelConfig) -> str | None:
+    try:
+        return cached_file(
+            source,
+            SAFE_WEIGHTS_INDEX_NAME,
+            revision=config.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except Exception as error:
+        raise loading_error(error, config) from error
+
+
+def _stored_names(source: str, config: ModelConfig) -> list[str]:
+    """Return the names of the weights, without fetching any."""
+    index = _index_file(source, config)
+    if index is not None:
+        return list(json.loads(Path(index).read_text())["weight_map"])
+    file = Path(source, SAFE_WEIGHTS_NAME)
+    if not file.is_file():  # of a hub model; with one file it is small
+        return []
+    with safe_open(file, framework="pt") as stored:
+        return list(stored.keys())
+
+
 def _decoder_layers(model: PreTrainedModel, config: ModelConfig) -> list[torch.nn.Module]:
     # transformers names the classes that must not be split over devices
     classes = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in classes]
+    layers: dict[str, torch.nn.Module] = {}
+    for name, module in model.named_modules():
+        # Mamba names its block and the mixer within
+        is_within = any(name.startswith(f"{outer}.") for outer in layers)
+        if type(module).__name__ in classes and not is_within:
+            layers[name] = module
     if not layers:
         raise _unsuitable(config, f"{type(model).__name__} does not say which its layers are")
-    return layers
+    return list(layers.values())
 
 
 def _read_weights(
@@ -235,7 +380,10 @@ def _read_weights(
                             f"{name} is {part.get_shape()} in {file}, config.json means "
                             f"{list(targets[name].shape)}",
                         )
-                    weights[name] = _read(part, targets[name], device)
+                    if isinstance(targets[name], DTensor):
+                        weights[name] = _read_rows(part, targets[name], device)
+                    else:  # whole, because a slice of a scalar is none
+                        weights[name] = stored.get_tensor(name).to(device, targets[name].dtype)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"model.path={config.path}: its share does not fit on {device}: {error}",
@@ -253,9 +401,7 @@ def _read_weights(
     return weights
 
 
-def _read(stored: Any, target: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if not isinstance(target, DTensor):
-        return stored[:].to(device, target.dtype)
+def _read_rows(stored: Any, target: DTensor, device: torch.device) -> DTensor:
     mesh = target.device_mesh
     assert target.placements == (Shard(0),)
     # as torch.chunk divides: the last processes may have fewer rows, or none
@@ -276,5 +422,6 @@ def _read(stored: Any, target: torch.Tensor, device: torch.device) -> torch.Tens
 def _unsuitable(config: ModelConfig, reason: str) -> UserError:
     return UserError(
         f"trainer.strategy=fsdp2 with model.path={config.path}: {reason}",
-        hint="trainer.strategy=ddp with model.quantization=nf4 loads any model of transformers",
+        hint="trainer.strategy=ddp, which holds the model whole on every GPU; "
+        "model.quantization=nf4 makes its linear layers smaller",
     )

@@ -11,6 +11,8 @@ from lora_train.errors import UserError
 
 # Ports that the kernel gives to outgoing connections must not be used; most services listen lower.
 _PORTS = range(10000, 30000)
+# up to a comma outside of brackets
+_FIRST = re.compile(r"(?:[^,[]|\[[^]]*\])*")
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 # steps of one job get ports far apart, jobs of neighbouring numbers neighbouring ones
 _PORTS_BETWEEN_STEPS = 1009
@@ -56,7 +58,9 @@ class SlurmStep:
         """The host of task 0."""
         from ClusterShell.NodeSet import NodeSet
 
-        return str(NodeSet(self.nodes)[0])
+        # the first as Slurm counts: a NodeSet sorts
+        first = re.sub(r"\[([^],-]+)[^]]*\]", r"[\1]", _FIRST.match(self.nodes)[0])  # type: ignore[index]
+        return str(NodeSet(first)[0])
 
     @property
     def port(self) -> int:
@@ -75,7 +79,8 @@ def read_step() -> SlurmStep | None:
     Raises:
         UserError: the variables contradict each other.
     """
-    if not os.environ.get("SLURM_STEP_NUM_TASKS"):
+    # a shell of `srun --pty` looks like task 0 of a step whose other tasks do nothing
+    if not os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_PTY_PORT"):
         return None
     tasks_per_node = _expand(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     num_tasks, node = _number("SLURM_STEP_NUM_TASKS", 1), _number("SLURM_NODEID", 0)
@@ -84,7 +89,9 @@ def read_step() -> SlurmStep | None:
         raise UserError(
             f"SLURM_STEP_NUM_TASKS={num_tasks} and SLURM_STEP_TASKS_PER_NODE={text} on node {node} "
             "contradict each other",
-            hint="unset what a script or a container set of SLURM_STEP_*, SLURM_NODEID",
+            hint="srun --het-group=0 starts a run on one part of a heterogeneous job"
+            if os.environ.get("SLURM_HET_SIZE")
+            else "unset what a script or a container set of SLURM_STEP_*, SLURM_NODEID",
         )
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     # 22.05 tells of --gpus-per-task in a variable of its own, 24.11 in this one
@@ -99,7 +106,7 @@ def read_step() -> SlurmStep | None:
         tasks_per_node=tasks_per_node,
         gpus_on_node=int(gpus) if gpus.isdecimal() else None,
         has_own_gpus=bool(per_task),
-        asked_for_gpus=bool(per_task) or gpus.isdecimal() or any(map(os.environ.get, asked)),
+        asked_for_gpus=bool(per_task) or gpus not in ("", "0") or any(map(os.environ.get, asked)),
         nodes=os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", ""),
         job=_number("SLURM_JOB_ID", 0),
         step=_number("SLURM_STEP_ID", 0),

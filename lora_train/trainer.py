@@ -53,7 +53,8 @@ log = logging.getLogger(__name__)
 
 # why a run stops, the reason that counts most last: whoever presses Ctrl-C means it
 _STOP_REASONS = (
-    "", TIME_LIMIT, signal.SIGUSR1.name, signal.SIGTERM.name, signal.SIGINT.name,
+    "", TIME_LIMIT, *(each.name for each in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)),
+    signal.SIGINT.name,
 )  # fmt: skip
 
 

@@ -7,8 +7,9 @@
 Each GPU has 8192 random tokens a step, in 4 sequences. A timed step begins on all GPUs at once;
 every other one leaves the sums over the GPUs out, so that both kinds see the same clocks. Of each
 kind the median of the slowest GPU counts. With --loss-curve a tiny model learns to count, from the
-same global batches on any number of GPUs. For fsdp2 and nf4 a model is written to --folder,
-unless one is there, and loaded as a run does. Appends one JSON row; --shape tiny runs on CPUs, too.
+same global batches on any number of GPUs. For fsdp2 and nf4 a model is written to a folder of its
+shape in --folder, unless it is there, and loaded as a run does. Appends one JSON row; --shape tiny
+runs on CPUs, too.
 """
 
 from __future__ import annotations
@@ -74,6 +75,12 @@ def model_shape(name: str, num_layers: int | None) -> LlamaConfig:
     if num_layers is not None:
         shape.num_hidden_layers = num_layers
     return shape
+
+
+def model_section(arguments: argparse.Namespace, name: str, shape: LlamaConfig) -> ModelConfig:
+    """Name the folder of a model of that shape: one of another shape is not taken for it."""
+    folder = arguments.folder / f"{name}_{shape.num_hidden_layers}"
+    return ModelConfig(path=str(folder), quantization=arguments.quantization)
 
 
 def random_base(shape: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
@@ -154,7 +161,7 @@ def measure(arguments: argparse.Namespace, accelerator: Accelerator) -> Row:
     shape = model_shape(arguments.shape, arguments.layers)
     max_steps = WARMUP + 2 * arguments.steps
     config = Config(
-        model=ModelConfig(path=str(arguments.folder), quantization=arguments.quantization),
+        model=model_section(arguments, arguments.shape, shape),
         data=DataConfig(
             path="random", global_batch_size=size * num_processes, micro_batch_size=size
         ),
@@ -208,7 +215,7 @@ def loss_curve(arguments: argparse.Namespace, accelerator: Accelerator) -> Row:
     """Train the tiny model to go on counting in steps, which each sequence has its own of."""
     shape = model_shape("tiny", arguments.layers)
     config = Config(
-        model=ModelConfig(path=str(arguments.folder), quantization=arguments.quantization),
+        model=model_section(arguments, "tiny", shape),
         data=DataConfig(path="random", global_batch_size=CURVE_BATCH, micro_batch_size=1),
         optim=OptimConfig(lr=5e-3),
         trainer=TrainerConfig(max_steps=arguments.loss_curve, strategy=arguments.strategy),

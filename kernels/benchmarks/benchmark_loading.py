@@ -129,7 +129,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file that the rows are appended to")
     options = parser.parse_args()
     is_first = os.environ.get("RANK", "0") == "0"
-    folder = options.folder / f"{options.layers}_{options.hidden_size}_{options.vocab_size}"
+    sizes = (options.layers, options.hidden_size, options.intermediate_size, options.vocab_size)
+    folder = options.folder / "_".join(map(str, sizes))
     model_config = LlamaConfig(
         hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size,

@@ -6,13 +6,15 @@ One [M, K] tensor of each layer is what checkpointing keeps: 64 MiB at 8192 toke
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
 # of the memory that the host has left: page-locked memory is lost to everything else
 _SHARE_OF_HOST = 0.25
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 class HostStack:
@@ -25,8 +27,7 @@ class HostStack:
     """
 
     def __init__(self, device: torch.device, num_tensors: int, tensor_bytes: int) -> None:
-        needed = num_tensors * tensor_bytes
-        is_used = device.type == "cuda" and 0 < needed <= _SHARE_OF_HOST * free_host_bytes()
+        is_used = device.type == "cuda" and has_room(num_tensors, tensor_bytes)
         self._stream = torch.cuda.Stream(device) if is_used else None
         self._waiting: list[tuple[torch.Tensor, torch.device]] = []
         self._fetched: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
@@ -70,13 +71,53 @@ class HostStack:
         return tensor
 
 
+def has_room(num_tensors: int, tensor_bytes: int) -> bool:
+    """Whether the host has room for what each process of this node puts there."""
+    if num_tensors * tensor_bytes == 0:
+        return False
+    # torch's allocator of pinned memory rounds up to a power of two
+    needed = num_tensors * (1 << (tensor_bytes - 1).bit_length())
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return num_processes * needed <= _SHARE_OF_HOST * free_host_bytes()
+
+
 def free_host_bytes() -> int:
-    """Return the memory that this process may still take, by the host and by its control group."""
+    """Return the memory that this process may still take, by the host and by its control groups."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
+        lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
         return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        own = path.lstrip("/")
+        if controllers == "":
+            root, limit, used = _CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):  # version 1
+            root, limit, used = (
+                _CGROUPS / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
+        else:
+            continue
+        # Slurm limits the step and the job above it; in a container the path may be the host's
+        for group in (root / own, *(root / parent for parent in Path(own).parents)):
+            free = min(free, _free_in(group, limit, used, free))
+    return free
+
+
+def _free_in(group: Path, limit: str, used: str, unlimited: int) -> int:
+    try:
+        allowed = (group / limit).read_text().strip()
+        taken = int((group / used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return unlimited
+    # pages of files, such as the model's, which the kernel takes back when it needs room
+    pages = sum(
+        int(stat.get(f"total_{name}", stat.get(name, 0)))
+        for name in ("active_file", "inactive_file")
+    )
+    return unlimited if allowed == "max" else int(allowed) - taken + pages

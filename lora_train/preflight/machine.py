@@ -108,6 +108,9 @@ class Machine:
             return self._granted(len(young or usable))
         words = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         named = [word for word in words if word.strip() not in ("", "-1", "NoDevFiles")]
+        is_told = "CUDA_VISIBLE_DEVICES" in os.environ or self.gpus.driver is not None
+        if not is_told and not self.wants_cpu:  # NVML is missing, or slow
+            return self._granted(len(list(self.file("/dev").glob("nvidia[0-9]*"))))
         return 1 if any(word.startswith("MIG-") for word in named) else len(named)
 
     def _granted(self, num_seen: int) -> int:
@@ -115,7 +118,10 @@ class Machine:
         granted = os.environ.get("SLURM_GPUS_ON_NODE", "")
         if not self.in_job or os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
             return num_seen
-        # a cluster that does not hide the others' from a job
+        # a cluster that does not hide the others' from a job; without GPUs in its configuration,
+        # they belong to whom the whole node belongs to
+        if not granted and os.environ.get("SLURM_CPUS_ON_NODE") == str(os.cpu_count()):
+            return num_seen
         return min(num_seen, int(granted) if granted.isdecimal() else 1)
 
     def processes_per_node(self, config: Config) -> int:

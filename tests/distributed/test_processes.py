@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_nodes_with_other_numbers_of_gpus_refuse_together(
 ) -> None:
     run = Run(assets, tmp_path)
     job = {
-        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "localhost,other",
         "MASTER_ADDR": "127.0.0.1",
     }  # fmt: skip
@@ -139,3 +140,48 @@ def test_nodes_with_other_numbers_of_gpus_refuse_together(
     assert [task.returncode for task in tasks] == [2, 2], outputs
     assert "error: the job has other numbers of GPUs on its nodes: 2 on " in outputs[0]
     assert "#SBATCH --gpus-per-node=1" in outputs[0]
+
+
+@pytest.mark.slow
+def test_two_jobs_with_one_port_do_not_mix(assets: Path, tmp_path: Path, started: Any) -> None:
+    """A batch script that exports MASTER_PORT, twice on one node."""
+
+    def task(job: int, number: int) -> subprocess.Popen[str]:
+        return started(
+            Run(assets, tmp_path / str(job), num_steps=4000), SLURM_JOB_ID=str(job),
+            SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_TASKS_PER_NODE="2",
+            SLURM_STEP_NODELIST="localhost", SLURM_PROCID=str(number), SLURM_NODEID="0",
+            SLURM_LOCALID=str(number), MASTER_PORT="29417",
+        )  # fmt: skip
+
+    first, second = task(71, 0), task(71, 1)
+    wait_for_step(first)
+    stray = task(72, 1)
+    output, _ = stray.communicate(timeout=120)
+    assert stray.returncode == 1
+    assert "port 29417 on 127.0.0.1 belongs to another run (SLURM_JOB_ID=71" in output
+    assert "hint: unset MASTER_PORT" in output
+    second.send_signal(signal.SIGTERM)  # they still have each other
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 75, output
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_loses_nothing(assets: Path, tmp_path: Path) -> None:
+    run = Run(assets, tmp_path, num_steps=4000)
+    variables = {
+        "LORA_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true", "TERM": "xterm",
+    }  # fmt: skip
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.environ.update(variables)
+        os.execv(PROGRAM, [str(PROGRAM), *run.words, "trainer.devices=2"])
+    seen = b""
+    while not run.reached(1):
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 75, seen.decode()
+    assert len(run.checkpoints) == 1

@@ -20,6 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import (
+    ApertusConfig,
+    AutoModelForCausalLM,
+    GPTJConfig,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+)
 
 from lora_kernels.peft_obstacles import decoder_obstacle
 from lora_kernels.sharded import ShardedLayers
@@ -36,7 +44,13 @@ from lora_train.config import (
 from lora_train.config_loading import load_recipe
 from lora_train.errors import UserError
 from lora_train.model import load_base_model
-from lora_train.sharding import make_mesh, planned_bytes
+from lora_train.sharding import (
+    Member,
+    check_shardable,
+    choose_num_shards,
+    make_mesh,
+    planned_bytes,
+)
 
 FSDP2 = TrainerConfig(strategy="fsdp2")
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -45,6 +59,20 @@ LLAMA_70B = {
     "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80,
     "vocab_size": 128256,
 }  # fmt: skip
+
+
+GIB = 2**30
+SMALL = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 128, "rotary_dim": 8, "num_key_value_heads": 2,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def save(folder: Path, config: PreTrainedConfig) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def start(num_processes: int, *folders: Path) -> subprocess.CompletedProcess[str]:
@@ -63,10 +91,13 @@ def start(num_processes: int, *folders: Path) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 def test_shards_together_are_the_model_that_transformers_loads(
-    model_folder: Callable[[str], Path],
+    model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Over three processes: 32 rows of keys and values are 11, 11 and 10."""
     folders = [model_folder(name) for name in ("llama", "llama-tied", "qwen2", "qwen3", "mistral")]
+    # computes its positions itself; has weights that are scalars; names a block and its mixer
+    for name, make in (("gptj", GPTJConfig), ("apertus", ApertusConfig), ("mamba", MambaConfig)):
+        folders.append(save(tmp_path / name, make(**SMALL)))
     done = start(3, *folders)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the same") == 3 * len(folders)
@@ -111,7 +142,26 @@ def test_weights_that_are_not_the_models_are_refused(
     config = ModelConfig(path=str(tmp_path))
     with pytest.raises(UserError, match=problem) as refusal:
         load_base_model(config, torch.float32, torch.device("cpu"), mesh)
-    assert str(refusal.value.hint).startswith("trainer.strategy=ddp with model.quantization=nf4")
+    assert str(refusal.value.hint).startswith("trainer.strategy=ddp, which holds the model whole")
+
+
+@pytest.mark.parametrize("size", ["50GB", "1KB"], ids=["one file", "an index"])
+def test_a_model_that_is_not_read_as_it_is_stored_is_refused_by_its_names(
+    size: str, model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixtral = MixtralConfig(**SMALL, num_local_experts=2)
+    AutoModelForCausalLM.from_config(mixtral).save_pretrained(tmp_path, max_shard_size=size)
+
+    def check(folder: Path, trainer: TrainerConfig = FSDP2) -> None:
+        model = ModelConfig(path=str(folder))
+        check_shardable(Config(model=model, data=DataConfig(path="d"), trainer=trainer))
+
+    check(tmp_path)  # alone, it loads the model as any other
+    monkeypatch.setattr("lora_train.sharding._world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"type 'mixtral' is not read .* of model\.layers\."):
+        check(tmp_path)
+    check(tmp_path, TrainerConfig())
+    check(model_folder("llama"))
 
 
 def test_quantizing_reads_a_weight_at_a_time(
@@ -132,6 +182,33 @@ def test_quantizing_reads_a_weight_at_a_time(
     assert backends == ["pread"]
 
 
+def test_a_transformers_that_opens_files_in_another_way_loads_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr("transformers.modeling_utils.safe_open")
+    with model_module._reading_weights():
+        pass
+    assert "stay mapped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("quantization", "hint"),
+    [(None, "set model.quantization=nf4"), ("nf4", "set model.quantization=null")],
+)
+def test_the_hint_for_a_full_gpu_names_what_is_not_set_yet(
+    quantization: Any, hint: str, model_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fill(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(model_module.AutoModelForCausalLM, "from_pretrained", fill)
+    config = ModelConfig(path=str(model_folder("llama")), quantization=quantization)
+    with pytest.raises(UserError, match="does not fit") as refusal:
+        load_base_model(config, torch.float32, torch.device("cpu"))
+    assert str(refusal.value.hint).startswith(hint)
+
+
 def test_one_process_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> None:
     config = Config(model=ModelConfig(path="m"), data=DataConfig(path="d"), trainer=FSDP2)
     assert make_mesh(config, torch.device("cpu"), torch.float32) is None
@@ -146,6 +223,47 @@ def test_planned_bytes_of_70b_over_four_gpus() -> None:
     # of 855 M parameters a layer: one in use, one being gathered, one in the kernels' buffers
     assert plan.working == 3 * 855_638_016 * 2
     assert planned_bytes({"model_type": "gemma3"}, 2, 4) is None
+
+
+def members(*hosts: str, memory: int = 80 * GIB, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    return [Member(host, dtype, memory) for host in hosts]
+
+
+def test_a_node_shares_a_model_of_its_own_where_it_fits_on_the_smallest_gpu() -> None:
+    model, llama_8b = ModelConfig(path="m"), LLAMA_70B | {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+    }  # fmt: skip
+    pairs = members("a", "a", "b", "b")
+    assert choose_num_shards(pairs, llama_8b, model) == 2
+    assert choose_num_shards(members("a", "a", "b"), llama_8b, model) == 3
+    # too small, and another process's
+    pairs[3] = pairs[3]._replace(memory=12 * GIB)
+    assert choose_num_shards(pairs, llama_8b, model) == 4
+    assert choose_num_shards(members("a", "b", memory=0), llama_8b, model) == 2
+
+
+def test_gpus_that_compute_in_different_dtypes_are_refused() -> None:
+    both = [*members("a", "a"), *members("b", dtype=torch.float32)]
+    with pytest.raises(UserError, match="bfloat16 on a; float32 on b") as refusal:
+        choose_num_shards(both, LLAMA_70B, ModelConfig(path="m"))
+    assert "trainer.precision=fp32" in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("memory", "hint"),
+    [
+        (48, "ask Slurm for 4 such GPUs or more; or trainer.strategy=ddp model.quantization=nf4"),
+        (24, "ask Slurm for 9 such GPUs or more"),
+        (3, "ask Slurm for GPUs with more memory"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(memory: int, hint: str) -> None:
+    gpus = members("a", "a", memory=80 * GIB)
+    gpus[1] = gpus[1]._replace(memory=memory * GIB)
+    with pytest.raises(UserError, match=rf"67.7 GiB .* the smallest has {memory}.0") as refusal:
+        choose_num_shards(gpus, LLAMA_70B, ModelConfig(path="m"))
+    assert str(refusal.value.hint).startswith(hint)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +404,8 @@ def compare(folder: str, dtype: torch.dtype) -> None:
     parts = (sharded.named_parameters(), whole.named_parameters())
     for (name, ours), (other_name, theirs) in zip(*parts, strict=True):
         assert name == other_name and not ours.requires_grad
-        assert isinstance(ours, DTensor) == (".layers." in name and theirs.ndim == 2), name
+        is_in_layer = ".layers." in name or ".h." in name
+        assert isinstance(ours, DTensor) == (is_in_layer and theirs.ndim > 1), name
         full = ours.full_tensor() if isinstance(ours, DTensor) else ours
         assert torch.equal(full, theirs) and full.dtype == dtype, name
     # those are not in the files: rotary embeddings
@@ -294,8 +413,9 @@ def compare(folder: str, dtype: torch.dtype) -> None:
         sharded.named_buffers(), whole.named_buffers(), strict=True
     ):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
+    assert sharded.config.dtype == whole.config.dtype
     is_tied = json.loads(Path(folder, "config.json").read_text())["tie_word_embeddings"]
-    assert (sharded.lm_head.weight is sharded.model.embed_tokens.weight) == is_tied
+    assert (sharded.lm_head.weight is sharded.get_input_embeddings().weight) == is_tied
     print("the same\n", end="", flush=True)
 
 
@@ -303,5 +423,6 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo")
     for path in sys.argv[1:]:
         # the files hold fp32
-        compare(path, torch.bfloat16 if "qwen" in path else torch.float32)
+        is_bf16 = any(name in path for name in ("qwen", "gptj", "apertus"))
+        compare(path, torch.bfloat16 if is_bf16 else torch.float32)
     distributed.destroy_process_group()
