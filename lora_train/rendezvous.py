@@ -11,11 +11,13 @@ import atexit
 import contextlib
 import os
 import platform
+import socket
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch.distributed import DistStoreError, PrefixStore, Store
 
@@ -184,6 +186,8 @@ def join(ranks: Ranks, problem: LoraTrainError | None = None) -> Group:
         flush=True,
     )
     group = Group(ranks, store, hosts)
+    if ranks.num_nodes > 1:
+        _name_interface(ranks.variables()["MASTER_ADDR"])
     torch.distributed.init_process_group(
         # small things between hosts go through gloo, where the GPU need not be waited for
         "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
@@ -193,6 +197,21 @@ def join(ranks: Ranks, problem: LoraTrainError | None = None) -> Group:
         timeout=_COLLECTIVE,
     )
     return group
+
+
+def _name_interface(main_host: str) -> None:
+    """Tell gloo its network where the host's own name means the loopback, as on Debian."""
+    with contextlib.suppress(OSError):
+        if not socket.gethostbyname(platform.node()).startswith("127."):
+            return
+        main = socket.gethostbyname(main_host)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # sends nothing; on the main host itself the default route tells
+            probe.connect(("10.255.255.255" if main.startswith("127.") else main, 9))
+            own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(each.address == own for each in addresses):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def is_consequence(error: BaseException) -> bool:
