@@ -106,7 +106,7 @@ def test_a_full_disk(cluster: Cluster, assets: Path, work: Path, uninterrupted: 
                 filler.write(bytes(1 << 16))
         output = cluster.finish(job).output
         assert statuses(output) == [1, 1], output
-        assert "error: No space left on device: runs/tiny" in output, output
+        assert "error: rank 0 on a100-1: No space left on device: runs/tiny" in output, output
         assert "rank 1 on a100-1 ends, because rank 0 has failed" in output
         (seen / "filler").unlink()
         assert_goes_on(cluster, there, uninterrupted, ONE_NODE)
