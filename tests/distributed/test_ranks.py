@@ -15,7 +15,7 @@ from lora_train.errors import UserError
 from lora_train.ranks import Ranks, find_ranks
 from lora_train.slurm_step import read_step
 
-OURS = ("SLURM_", "CUDA_", "ACCELERATE_", "MASTER_", "LORA_")
+OURS = ("SLURM_", "CUDA_", "ACCELERATE_", "MASTER_", "LORA_", "OMPI_")
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -130,6 +130,31 @@ class TestTasks:
         assert (found.host, found.port, found.is_alone) == ("a100-3", 10007, False)
         assert found.variables(3)["RANK"] == "7"
 
+    def test_all_see_all(self, task: Any) -> None:
+        """--gpus-per-task=1 --gpu-bind=none, which some sites advise."""
+        task("4", 3, 3, GPUS_ON_NODE=4, GPUS_PER_TASK=1)
+        assert place(ranks(4)) == (3, 4, 3, 4, 0)
+
+    def test_world_size_of_a_script(self, task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        task("2", 1, 1, GPUS_ON_NODE=2)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert place(ranks(2)) == (1, 2, 1, 2, 0)
+
+    @pytest.mark.parametrize(
+        ("nodes", "first"),
+        [
+            ("v100-1,a100-1", "v100-1"), ("n[03,1]", "n03"), ("gpu[7-9]", "gpu7"),
+            ("r[2-3]n[1,4]", "r2n1"),
+        ],
+    )  # fmt: skip
+    def test_the_first_node_is_slurms_first(self, task: Any, nodes: str, first: str) -> None:
+        task("2(x2)", 3, 1, 1, GPUS_ON_NODE=2, STEP_NODELIST=nodes)
+        assert ranks(2).host == first
+
+    def test_a_shell_of_srun(self, task: Any) -> None:
+        task("4", SRUN_COMM_PORT=1, PTY_PORT=2, GPUS_ON_NODE=4)
+        assert place(ranks(4)) == (0, 4, 0, 4, 4)
+
     def test_idle_devices(self, task: Any) -> None:
         task("2", GPUS_ON_NODE=4)
         found = ranks(4)
@@ -147,6 +172,8 @@ class TestTasks:
 
     def test_cpu(self, task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         task("2", 1, 1)
+        assert place(ranks(0)) == (1, 2, 1, 2, 0)
+        task("2", 1, 1, GPUS_ON_NODE=0)
         assert place(ranks(0)) == (1, 2, 1, 2, 0)
         # hidden on purpose
         task("2", 1, 1, GPUS_ON_NODE=2)
@@ -176,6 +203,16 @@ class TestBadShapes:
     def test_several_devices_of_its_own(self, task: Any) -> None:
         task("2", GPUS_ON_NODE=4, GPUS_PER_TASK=2)
         assert refusal(2).message.startswith("each task has 2 GPUs of its own")
+
+    def test_several_tasks_that_see_a_part(self, task: Any) -> None:
+        task("4", GPUS_ON_NODE=4)
+        error = refusal(2)
+        assert "the job has 4 GPU(s) and each task sees 2" in error.message
+        assert error.hint is not None and "#SBATCH --gpus-per-node=4" in error.hint
+
+    def test_mpirun(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+        assert refusal(4).message == "mpirun has started 4 of these"
 
     def test_a_configuration_that_says_otherwise(self, task: Any) -> None:
         task("2", GPUS_ON_NODE=2)

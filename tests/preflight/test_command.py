@@ -119,6 +119,7 @@ def test_one_process_of_a_node_checks_it(monkeypatch, configured):
         return [Finding("gpu", "error", "none")]
 
     monkeypatch.setattr(runner, "CHECKS", {"gpu": check})
+
     def is_ready(**place):
         return runner.is_ready(configured(), Machine(), Ranks(world_size=8, **place))
 
