@@ -93,12 +93,12 @@ class Watch:
     def saving(self) -> Iterator[None]:
         """Mark that a checkpoint is being written."""
         self._not_saving.clear()
-        with contextlib.suppress(DistNetworkError, DistStoreError):
-            self._give_sign()  # now: the thread may stand still in a moment
+        self._give_sign_now()  # the thread may stand still in a moment
         try:
             yield
         finally:
             self._not_saving.set()
+            self._give_sign_now()
 
     def announce(self, status: int, message: str, hint: str | None) -> None:
         """Tell all the others that the run ends here, and why; waits a while for them to read it.
@@ -158,6 +158,10 @@ class Watch:
         is_busy = not self._sums or not self._not_saving.is_set()
         sign = [self._beats, self._sums, self._is_waiting, is_busy]
         self._store.set(f"beat/{self._rank}", json.dumps(sign))
+
+    def _give_sign_now(self) -> None:
+        with contextlib.suppress(DistNetworkError, DistStoreError):  # the thread will see it too
+            self._give_sign()
 
     def _beat(self) -> None:
         self._beats += 1
