@@ -82,7 +82,9 @@ def test_a_killed_rank_of_our_own_start(
 
 def test_a_rank_that_hangs(cluster: Cluster, assets: Path, work: Path, uninterrupted: Run) -> None:
     run = Run(assets, work, **LONG)
-    job = submit(cluster, run, srun="srun --kill-on-bad-exit=1")
+    job = submit(
+        cluster, run, srun="srun --kill-on-bad-exit=1 --export=ALL,LORA_SILENCE_SECONDS=15"
+    )
     cluster.wait_during(job, lambda: run.reached(12))
     signal_rank(job, "SLURM_PROCID=1", signal.SIGSTOP)
     ended = cluster.finish(job)
