@@ -185,20 +185,46 @@ def request_requeue(job: str) -> int:
         The exit status to end with. REQUEUE: not possible here, as in a container without
         scontrol; the batch script does it. STOPPED: nothing is left to do.
     """
-    shown = _scontrol("show", "job", job)
-    state = None if shown is None else _SHOWN.search(shown)
-    if shown is None or state is None:
+    if (shown := _show(job)) is None:
         return exit_status.REQUEUE
-    # scancel sends its SIGTERM to the tasks like the time limit and preemption do, and Slurm
-    # (22.05, tried) does queue a cancelled job again when asked: nobody could stop a run with it.
-    # A job that is being ended shows as COMPLETING, with Reason=TimeLimit or a PreemptTime where it
-    # was not a person. A preempted job in its grace time, and one that stops by itself, is RUNNING.
-    is_ending = state["state"] in ("COMPLETING", "CANCELLED")
-    if is_ending and state["reason"] != "TimeLimit" and _PREEMPTED.search(shown) is None:
+    if _is_cancelled(shown):
         log.warning("job %s was cancelled, or Slurm queues it again by itself: not asked for", job)
         return exit_status.STOPPED
     log.info("asking Slurm to queue job %s again", job)
     return exit_status.REQUEUE if _scontrol("requeue", job) is None else exit_status.STOPPED
+
+
+def stays_ended(job: str) -> bool:
+    """Tell whether Slurm is ending this job for good; before all processes agree on their end.
+
+    Args:
+        job: what `job_to_requeue` found.
+
+    Returns:
+        Whether; False where Slurm cannot be asked.
+    """
+    shown = _show(job)
+    return shown is not None and _is_cancelled(shown)
+
+
+def _is_cancelled(shown: str) -> bool:
+    """Tell what `scontrol show job` says of a job that is being ended.
+
+    scancel sends its SIGTERM to the tasks like the time limit and preemption do, and Slurm (22.05,
+    tried) does queue a cancelled job again when asked: nobody could stop a run with it. A job that
+    is being ended shows as COMPLETING, with Reason=TimeLimit or a PreemptTime where it was not a
+    person. A preempted job in its grace time, and one that stops by itself, is RUNNING.
+    """
+    state = _SHOWN.search(shown)
+    assert state is not None
+    is_ending = state["state"] in ("COMPLETING", "CANCELLED")
+    return is_ending and state["reason"] != "TimeLimit" and _PREEMPTED.search(shown) is None
+
+
+def _show(job: str) -> str | None:
+    """What Slurm says about a job; None where there is no scontrol, or it says nothing we know."""
+    shown = _scontrol("show", "job", job)
+    return shown if shown is not None and _SHOWN.search(shown) else None
 
 
 def _scontrol(*words: str) -> str | None:

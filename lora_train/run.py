@@ -50,7 +50,13 @@ from lora_train.optimizer import warmup_steps
 from lora_train.progress import Progress
 from lora_train.ranks import Ranks
 from lora_train.rendezvous import Group, is_consequence, join
-from lora_train.requeue import TIME_LIMIT, Restarts, job_to_requeue, request_requeue
+from lora_train.requeue import (
+    TIME_LIMIT,
+    Restarts,
+    job_to_requeue,
+    request_requeue,
+    stays_ended,
+)
 from lora_train.run_directory import (
     RunDirectory,
     is_finished,
@@ -352,6 +358,8 @@ def _end(
         reason = str(trainer.stop_reason)
         if job is not None:
             asks, why = restarts.may_requeue(trainer.step, reason)
+            if asks and stays_ended(job):
+                asks, why = False, "it was cancelled, or Slurm does it by itself"
             log.info("the job is%s queued again: %s", "" if asks else " not", why)
         restarts.ended(trainer.step, reason, asks)
     asks = trainer.group.from_main(asks)  # srun tells the status of any task

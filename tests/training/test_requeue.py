@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_train import exit_status
-from lora_train.requeue import TIME_LIMIT, Restarts, job_to_requeue, request_requeue
+from lora_train.requeue import TIME_LIMIT, Restarts, job_to_requeue, request_requeue, stays_ended
 from lora_train.run_directory import RunDirectory
 
 JOB = {"SLURM_JOB_ID": "7"}
@@ -185,6 +185,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scontrol:
 )
 def test_slurm_is_asked(shown: str, scontrol: Scontrol) -> None:
     scontrol.answers(shown)
+    assert not stays_ended("7_3")
     assert request_requeue("7_3") == exit_status.STOPPED
     assert scontrol.asked() == ["requeue 7_3"]
 
@@ -194,6 +195,7 @@ def test_a_cancelled_job_stays_cancelled(
     state: str, scontrol: Scontrol, caplog: pytest.LogCaptureFixture
 ) -> None:
     scontrol.answers(f"JobState={state} Reason=None Dependency=(null)\n   PreemptTime=None")
+    assert stays_ended("7")
     assert request_requeue("7") == exit_status.STOPPED  # and not REQUEUE: the script would ask
     assert scontrol.asked() == []
     assert "job 7 was cancelled" in caplog.text
