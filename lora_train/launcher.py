@@ -50,7 +50,8 @@ class _Launch:
         self._children: list[subprocess.Popen[bytes]] = []
         self._signal: int | None = None
         for stop_signal in STOP_SIGNALS:
-            if signal.getsignal(stop_signal) != signal.SIG_IGN:  # SIGHUP under nohup
+            is_ignored = signal.getsignal(stop_signal) == signal.SIG_IGN
+            if stop_signal != signal.SIGHUP or not is_ignored:  # nohup
                 signal.signal(stop_signal, self._forward)
         variables = {"MASTER_PORT": str(_free_port())} if ranks.port is None else {}
         for number in range(ranks.num_to_start):

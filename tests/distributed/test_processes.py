@@ -175,6 +175,7 @@ def test_a_closed_terminal_loses_nothing(assets: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.chdir(tmp_path)
         os.environ.update(variables)
         os.execv(PROGRAM, [str(PROGRAM), *run.words, "trainer.devices=2"])
