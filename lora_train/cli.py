@@ -174,12 +174,12 @@ def _train(words: Sequence[str]) -> int:
     from lora_train.batch_split import gradient_accumulation_steps
     from lora_train.config_loading import DEFAULT_FACTORY, to_yaml
     from lora_train.metrics import check_trackers
-    from lora_train.ranks import find_ranks, planned_world_size
+    from lora_train.ranks import find_ranks, planned_ranks
 
     parsed = parse_command_line(words)
     config = parsed.resolve()
     if parsed.dry_run:
-        gradient_accumulation_steps(config, planned_world_size(config))
+        gradient_accumulation_steps(config, planned_ranks(config).world_size)
         check_trackers(config)
         print(to_yaml(config), end="")
         return exit_status.OK

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
-from torch import distributed
 
 from lora_train.config import Config
 from lora_train.errors import UserError
+from lora_train.gathering import gather_from_all
 from lora_train.kernel_cache import start_counting
 
 if TYPE_CHECKING:
@@ -107,11 +107,8 @@ def _of_all_processes(failures: list[str]) -> list[str]:
     With a sharded base each gathers layers in the order of its own path, and two would wait for
     each other forever.
     """
-    if not distributed.is_initialized():
-        return failures
-    found: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(found, failures)
-    return list(dict.fromkeys([*failures, *(line for lines in found for line in lines)]))
+    others = (line for lines in gather_from_all(failures) for line in lines)
+    return list(dict.fromkeys([*failures, *others]))
 
 
 def _is_capable(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from types import FrameType
 
 from lora_train import exit_status
 from lora_train.ranks import Ranks
-from lora_train.stop_signals import STOP_SIGNALS
+from lora_train.stop_signals import signals_to_catch
 
 # how long the others get after the first that failed: they end by themselves when they have seen it
 # (watch.py), a main process in the middle of a checkpoint later
@@ -49,10 +49,8 @@ class _Launch:
         self._ranks = ranks
         self._children: list[subprocess.Popen[bytes]] = []
         self._signal: int | None = None
-        for stop_signal in STOP_SIGNALS:
-            is_ignored = signal.getsignal(stop_signal) == signal.SIG_IGN
-            if stop_signal != signal.SIGHUP or not is_ignored:  # nohup
-                signal.signal(stop_signal, self._forward)
+        for stop_signal in signals_to_catch():
+            signal.signal(stop_signal, self._forward)
         variables = {"MASTER_PORT": str(_free_port())} if ranks.port is None else {}
         for number in range(ranks.num_to_start):
             self._children.append(

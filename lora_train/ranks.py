@@ -137,22 +137,14 @@ def place_in_step() -> Ranks | None:
     step = read_step() if _given() is None else None
     if step is None or len(step.tasks_per_node) == 1:
         return None
-    return Ranks(
-        global_rank=step.task,
-        world_size=step.num_tasks,
-        local_rank=step.local_task,
-        local_world_size=step.tasks_here,
-        node=step.node,
-        num_nodes=len(step.tasks_per_node),
-        host=step.first_host,
-        port=step.port,
-    )
+    return _of_task(step)
 
 
-def planned_world_size(config: Config) -> int:
-    """Count the processes of a run that starts elsewhere or later: what the configuration says."""
+def planned_ranks(config: Config) -> Ranks:
+    """Return the ranks of a run that starts elsewhere or later: what the configuration says."""
     asked, nodes = config.trainer.devices, config.trainer.num_nodes
-    return (1 if asked == "auto" else asked) * (1 if nodes == "auto" else nodes)
+    each, num_nodes = 1 if asked == "auto" else asked, 1 if nodes == "auto" else nodes
+    return Ranks(world_size=each * num_nodes, local_world_size=each, num_nodes=num_nodes)
 
 
 def _given() -> Ranks | None:
@@ -238,7 +230,6 @@ def _of_step(config: Config, step: SlurmStep, num_devices: int) -> Ranks:
         )
     if os.environ.get("MASTER_PORT"):
         _port()
-    host = _LOCAL_HOST if num_nodes == 1 else step.first_host
     if set(step.tasks_per_node) == {1}:
         num_processes = _num_to_start(config, num_devices, num_nodes)
         if num_processes == num_nodes == 1:
@@ -250,22 +241,30 @@ def _of_step(config: Config, step: SlurmStep, num_devices: int) -> Ranks:
             node=step.node,
             num_nodes=num_nodes,
             num_to_start=num_processes if num_processes > 1 else 0,
-            host=host,
+            host=_main_host(step),
             port=step.port if num_nodes > 1 else None,
         )
-    warning = _judge_tasks(step, num_devices)
+    return _of_task(step, warning=_judge_tasks(step, num_devices))
+
+
+def _of_task(step: SlurmStep, warning: str | None = None) -> Ranks:
+    """The place of a task that is one process of the run."""
     return Ranks(
         global_rank=step.task,
         world_size=step.num_tasks,
         local_rank=step.local_task,
         local_world_size=step.tasks_here,
         node=step.node,
-        num_nodes=num_nodes,
-        host=host,
+        num_nodes=len(step.tasks_per_node),
+        host=_main_host(step),
         port=step.port,
         shares_cores=False,
         warning=warning,
     )
+
+
+def _main_host(step: SlurmStep) -> str:
+    return _LOCAL_HOST if len(step.tasks_per_node) == 1 else step.first_host
 
 
 def _judge_tasks(step: SlurmStep, num_devices: int) -> str | None:

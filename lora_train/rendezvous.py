@@ -14,6 +14,7 @@ import platform
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -21,8 +22,10 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch.distributed import DistStoreError, PrefixStore, Store
 
+from lora_train import exit_status
 from lora_train.device import select_device
 from lora_train.errors import EndedByAnother, LoraTrainError, UserError
+from lora_train.gathering import gather_from_all
 from lora_train.lifeline import Lifeline
 from lora_train.ranks import Ranks
 from lora_train.roll_call import call_roll, connect, open_store
@@ -84,17 +87,13 @@ class Group:
                 self._store.wait([key], _POLL)
                 return
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self) -> AbstractContextManager[None]:
         """Mark that a checkpoint is being written, which the end of another process waits for."""
-        with contextlib.nullcontext() if self.watch is None else self.watch.saving():
-            yield
+        return contextlib.nullcontext() if self.watch is None else self.watch.saving()
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> AbstractContextManager[None]:
         """Mark that this process waits for the others, which must all come here."""
-        with contextlib.nullcontext() if self.watch is None else self.watch.waiting():
-            yield
+        return contextlib.nullcontext() if self.watch is None else self.watch.waiting()
 
     def from_main(self, value: T) -> T:
         """Return what the main process gave; everywhere the same."""
@@ -106,11 +105,7 @@ class Group:
 
     def gather(self, value: T) -> list[T]:
         """Return what each process gave, in their order; everywhere the same."""
-        if self.world_size == 1:
-            return [value]
-        values = [value] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return [value] if self.world_size == 1 else gather_from_all(value)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process ends; they end too.
@@ -120,10 +115,10 @@ class Group:
         """
         if self.watch is None or isinstance(error, EndedByAnother):
             return
-        status = error.exit_status if isinstance(error, LoraTrainError) else 1
+        status = error.exit_status if isinstance(error, LoraTrainError) else exit_status.FAILED
         message = getattr(error, "message", f"{type(error).__name__}: {error}")
         if isinstance(error, KeyboardInterrupt):
-            status, message = 75, "stopped"
+            status, message = exit_status.STOPPED, "stopped"
         self.watch.announce(status, message, getattr(error, "hint", None))
         if isinstance(error, LoraTrainError):
             error.message = f"rank {self.rank} on {self.hosts[self.rank]}: {message}"

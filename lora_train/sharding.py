@@ -33,6 +33,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from lora_train.config import Config, ModelConfig
 from lora_train.errors import UserError
+from lora_train.gathering import gather_from_all
 from lora_train.model_size import count_parameters, linear_shapes
 from lora_train.model_source import loading_error, read_config_dict, resolve_model
 
@@ -145,8 +146,7 @@ def make_mesh(config: Config, device: torch.device, dtype: torch.dtype) -> Devic
     if device.type == "cuda":
         torch.cuda.set_device(device)  # FSDP2 takes the current one
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    members: list[Any] = [None] * world
-    distributed.all_gather_object(members, Member(platform.node(), dtype, memory))
+    members = gather_from_all(Member(platform.node(), dtype, memory))
     source = resolve_model(config.model)
     num_shards = choose_num_shards(members, read_config_dict(source, config.model), config.model)
     if num_shards < world:

@@ -14,6 +14,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SAME_SECONDS = 1.0
 
 
+def signals_to_catch() -> list[signal.Signals]:
+    """Return the stop signals, less a hang-up that is to be ignored (nohup)."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [each for each in STOP_SIGNALS if each != signal.SIGHUP or not is_ignored]
+
+
 class StopSignals:
     """Context in which the stop signals set `requested` instead of ending the process.
 
@@ -30,10 +36,8 @@ class StopSignals:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in STOP_SIGNALS:
-            is_ignored = signal.getsignal(number) == signal.SIG_IGN
-            if number != signal.SIGHUP or not is_ignored:  # nohup
-                self._previous[number] = signal.signal(number, self._note)
+        for number in signals_to_catch():
+            self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -157,7 +157,8 @@ class Trainer:
                 self.accelerator.backward(loss)
             total += loss.detach()
         with self.group.waiting():
-            total, *memory = self._gradients.finish(torch.stack([total, *self._memory()]))
+            sums = self._gradients.finish(torch.cat([total[None], self._memory()]))
+        total = sums[0]
         if self.step == 0:
             self._check_gradients_flow()
         clip = self.config.trainer.gradient_clip_val
@@ -170,7 +171,7 @@ class Trainer:
             self.optimizer.step()
         self._next_batches = (self.step + 1, self._global_batch(self.step + 1))
         with self.group.waiting():
-            loss_value, norm_value, *mebibytes = torch.stack([total, norm, *memory]).tolist()
+            norm_value, loss_value, *mebibytes = torch.cat([norm[None], sums]).tolist()
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
             raise RunError(
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}: not finite",
@@ -200,13 +201,13 @@ class Trainer:
             for start in range(0, len(pack_ids), size)
         ]
 
-    def _memory(self) -> list[Tensor]:
+    def _memory(self) -> Tensor:
         """MiB in use at most so far, of this process in its place among all."""
         device = self.accelerator.device
         memory = torch.zeros(self.accelerator.num_processes, device=device)
         if device.type == "cuda":
             memory[self.accelerator.process_index] = torch.cuda.max_memory_allocated() / 2**20
-        return list(memory)
+        return memory
 
     def _check_gradients_flow(self) -> None:
         """Refuse to go on when the first backward pass left a lora_B without a gradient."""

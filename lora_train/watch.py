@@ -112,7 +112,8 @@ class Watch:
         self._stopped.set()
         self._thread.join(_JOIN_SECONDS)
         with contextlib.suppress(DistNetworkError, DistStoreError):
-            self._publish(self._rank, status, message, hint)
+            end = {"rank": self._rank, "status": status, "message": message, "hint": hint}
+            self._publish(end)
             self._say_farewell()
 
     def wait_for_end(self) -> None:
@@ -128,12 +129,9 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            before = time.monotonic()
-            while not self._stopped.wait(_BEAT_SECONDS):
-                now = time.monotonic()
-                if now - before > _PAUSE_SECONDS:
+            for _, was_stopped in self._turns():
+                if was_stopped:
                     self._seen.clear()
-                before = now
                 self._beat()
         except (DistNetworkError, DistStoreError):
             if not self._stopped.is_set():
@@ -141,16 +139,21 @@ class Watch:
 
     def _check_answers(self) -> None:
         """End the run when the store's process is stopped: a request to it may wait for ever."""
-        before = time.monotonic()
-        while not self._stopped.wait(_BEAT_SECONDS):
-            now = time.monotonic()
-            if now - before > _PAUSE_SECONDS:
+        for now, was_stopped in self._turns():
+            if was_stopped:
                 self._last_answer = now
-            before = now
             silence = now - self._last_answer
             if silence > self._silence(is_busy=not self._sums):
                 seen = f"has not answered for {silence:.0f} s: stopped, or its node is"
                 self._end(self._gone(0, seen), has_store=False)
+
+    def _turns(self) -> Iterator[tuple[float, bool]]:
+        """Yield the time at each beat, and whether this process was stopped since the last one."""
+        before = time.monotonic()
+        while not self._stopped.wait(_BEAT_SECONDS):
+            now = time.monotonic()
+            yield now, now - before > _PAUSE_SECONDS
+            before = now
 
     def _silence(self, *, is_busy: bool) -> float:
         return _BUSY_SILENCE_SECONDS if is_busy else _SILENCE_SECONDS
@@ -222,13 +225,12 @@ class Watch:
             f"if it is this node again: #SBATCH --exclude={self._hosts[rank]}",
         }
 
-    def _publish(self, rank: int, status: int, message: str, hint: str | None) -> dict[str, Any]:
+    def _publish(self, end: dict[str, Any]) -> dict[str, Any]:
         """Write the first announcement; later ones are its consequences. Return the first."""
-        end = {"rank": rank, "status": status, "message": message, "hint": hint}
         return json.loads(self._store.compare_set("end", "", json.dumps(end)))
 
     def _end_all(self, end: dict[str, Any]) -> None:
-        self._end(self._publish(end["rank"], end["status"], end["message"], end["hint"]))
+        self._end(self._publish(end))
 
     def _end(self, end: dict[str, Any], *, has_store: bool = True) -> None:
         """End this process, whatever its main thread waits for."""

@@ -17,7 +17,7 @@ from lora_train.config import Config
 from lora_train.errors import UserError
 from lora_train.preflight.deadline import start
 from lora_train.preflight.nvml import OLDEST, Gpu, GpuReport, loaded_cuda, read_gpus, visible_gpus
-from lora_train.ranks import find_ranks
+from lora_train.ranks import Ranks, find_ranks, planned_ranks
 
 _NVML_SECONDS = 3.0
 
@@ -124,13 +124,26 @@ class Machine:
             return num_seen
         return min(num_seen, int(granted) if granted.isdecimal() else 1)
 
+    def ranks(self, config: Config) -> Ranks:
+        """Find out which processes the run has; on a login node those that are asked for.
+
+        Args:
+            config: the run.
+
+        Returns:
+            The ranks of this process, or of the first one there will be.
+
+        Raises:
+            UserError: the shape of the job cannot work.
+        """
+        if self.is_login_node:
+            return planned_ranks(config)
+        return find_ranks(config, self.count_devices)
+
     def processes_per_node(self, config: Config) -> int:
         """Count the processes of the run on this node; at least 1."""
-        asked = config.trainer.devices
-        if self.is_login_node:
-            return 1 if asked == "auto" else asked
         try:
-            return find_ranks(config, self.count_devices).local_world_size
+            return self.ranks(config).local_world_size
         except UserError:
             return 1  # the check of the processes says what is wrong
 

@@ -9,7 +9,6 @@ from lora_train.config import Config
 from lora_train.errors import UserError
 from lora_train.preflight.findings import Finding, in_bytes
 from lora_train.preflight.machine import Machine
-from lora_train.ranks import find_ranks, planned_world_size
 
 # Docker gives 64 MiB; NCCL takes tens of MiB for each pair of processes
 _SHM_BYTES = 2**30
@@ -17,11 +16,8 @@ _SHM_BYTES = 2**30
 
 def check_ranks(machine: Machine, config: Config) -> list[Finding]:
     """Judge the shape of the job: which processes it starts, and with which GPUs."""
-    if machine.is_login_node:
-        num_processes = planned_world_size(config)
-        return [Finding("processes", "ok", f"{_count(num_processes)}, as the configuration says")]
     try:
-        ranks = find_ranks(config, machine.count_devices)
+        ranks = machine.ranks(config)
     except UserError as error:
         return [
             Finding(
@@ -32,19 +28,15 @@ def check_ranks(machine: Machine, config: Config) -> list[Finding]:
     if ranks.warning is not None:
         seen, _, mend = ranks.warning.partition(": ")
         return [Finding("processes", "warning", seen, "the GPUs cost the same when idle", mend)]
-    return [
-        Finding("processes", "ok", f"{_count(ranks.world_size)}, {ranks.local_world_size} here")
-    ]
+    told = "as the configuration says"
+    here = told if machine.is_login_node else f"{ranks.local_world_size} here"
+    return [Finding("processes", "ok", f"{_count(ranks.world_size)}, {here}")]
 
 
 def check_batch(machine: Machine, config: Config) -> list[Finding]:
     """Divide the global batch over the processes, on a login node over those asked for."""
     try:
-        num_processes = (
-            planned_world_size(config)
-            if machine.is_login_node
-            else find_ranks(config, machine.count_devices).world_size
-        )
+        num_processes = machine.ranks(config).world_size
     except UserError:
         return []  # `processes` says so
     try:
