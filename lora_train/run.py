@@ -359,8 +359,8 @@ def _end(
         if job is not None:
             asks, why = restarts.may_requeue(trainer.step, reason)
             if asks and stays_ended(job):
-                asks, why = False, "it was cancelled, or Slurm does it by itself"
-            log.info("the job is%s queued again: %s", "" if asks else " not", why)
+                asks, why = False, "not queued again: cancelled, or Slurm does it by itself"
+            log.info("%s", f"the job is queued again: {why}" if asks else f"the job is {why}")
         restarts.ended(trainer.step, reason, asks)
     asks = trainer.group.from_main(asks)  # srun tells the status of any task
     return _End(exit_status.REQUEUE if asks else exit_status.STOPPED, job if asks else None)
