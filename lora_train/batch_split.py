@@ -6,6 +6,12 @@ from lora_train.config import Config
 from lora_train.errors import UserError
 
 
+def micro_batch_size(config: Config) -> int:
+    """Return data.micro_batch_size; auto counts as 1 until it is settled (see `plan.settling`)."""
+    size = config.data.micro_batch_size
+    return 1 if size == "auto" else size
+
+
 def gradient_accumulation_steps(config: Config, num_processes: int) -> int:
     """Count the micro-batches that each process sums before an optimizer step.
 
@@ -20,7 +26,7 @@ def gradient_accumulation_steps(config: Config, num_processes: int) -> int:
         UserError: the global batch does not divide by micro-batch x processes; says what would.
     """
     data = config.data
-    per_forward = data.micro_batch_size * num_processes
+    per_forward = micro_batch_size(config) * num_processes
     if data.global_batch_size % per_forward == 0:
         return data.global_batch_size // per_forward
     on = f"{num_processes} process{'es' if num_processes > 1 else ''}"
@@ -34,6 +40,6 @@ def gradient_accumulation_steps(config: Config, num_processes: int) -> int:
     micro = f"data.micro_batch_size={' or '.join(fitting)}, or " if fitting else ""
     raise UserError(
         f"data.global_batch_size={data.global_batch_size} does not divide into micro-batches of "
-        f"{data.micro_batch_size} on {on}",
+        f"{micro_batch_size(config)} on {on}",
         hint=f"{micro}data.global_batch_size={' or '.join(batches)}",
     )

@@ -82,8 +82,8 @@ class DataConfig:
     """Examples over seq_length: drop; truncate (raw formats); auto drops, refuses over 5 %."""
     global_batch_size: PositiveInt = 16
     """Sequences (packs, when packing) per optimizer step, over all devices."""
-    micro_batch_size: PositiveInt = 1
-    """Sequences per forward pass on one device; the rest is gradient accumulation."""
+    micro_batch_size: PositiveInt | Literal["auto"] = 1
+    """Sequences per forward pass on one device; the rest is accumulated. auto: by GPU memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +176,8 @@ class TrainerConfig:
     """Arithmetic of the model. auto: bf16 where the device computes it natively, else fp32."""
     gradient_clip_val: PositiveFloat | None = 1.0
     """Largest norm of all gradients together; longer ones are scaled down. null: no clipping."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, more time. auto: where it must."""
     val_check_interval: PositiveInt | None = None
     """Optimizer steps between validations. null: a tenth of the run."""
     limit_val_batches: NonNegativeInt | None = None

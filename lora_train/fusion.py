@@ -62,6 +62,9 @@ def fuse_model(model: PeftModel, config: Config, device: torch.device) -> Fusion
 
     start_counting()
     fusion = fuse(model)
+    # the weights were copied into the kernels' buffers: their former memory, in pieces of their
+    # sizes, would stay with torch (16 GiB at 8B)
+    torch.cuda.empty_cache()
     if fusion.decoder is not None:
         return _checked(fusion, config)
     if not fusion.fused or (fusion.unfused and config.kernels.fused == "required"):

@@ -52,17 +52,24 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]] | Non
         config: the content of config.json.
 
     Returns:
-        Names such as `self_attn.q_proj`; None for a model of another kind.
+        Names such as `self_attn.q_proj`; None for a model of another kind, or one whose sizes
+        cannot be read.
     """
     if config.get("model_type") not in DECODERS:
         return None
     try:
-        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-        heads = int(config["num_attention_heads"])
-    except (KeyError, TypeError, ValueError):
+        hidden, inner, heads, layers = (
+            int(config[name])
+            for name in (
+                "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"
+            )
+        )  # fmt: skip
+        head = int(config.get("head_dim") or (128 if _is_qwen3(config) else hidden // heads))
+        queries, keys = heads * head, int(config.get("num_key_value_heads") or heads) * head
+    except (ArithmeticError, KeyError, TypeError, ValueError):
         return None
-    head = int(config.get("head_dim") or (128 if _is_qwen3(config) else hidden // heads))
-    queries, keys = heads * head, int(config.get("num_key_value_heads") or heads) * head
+    if min(hidden, inner, heads, layers, head, keys) < 1:
+        return None
     return {
         "self_attn.q_proj": (hidden, queries),
         "self_attn.k_proj": (hidden, keys),
@@ -74,6 +81,20 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]] | Non
     }
 
 
+def attention_width(config: Mapping[str, Any]) -> int:
+    """Return heads times their width: what q_proj puts out.
+
+    Args:
+        config: the content of config.json, of a model that `linear_shapes` knows.
+
+    Returns:
+        Columns.
+    """
+    shapes = linear_shapes(config)
+    assert shapes is not None
+    return shapes["self_attn.q_proj"][1]
+
+
 def count_parameters(config: Mapping[str, Any]) -> int | None:
     """Count the parameters of the base model.
 
@@ -83,8 +104,8 @@ def count_parameters(config: Mapping[str, Any]) -> int | None:
     Returns:
         All of them, a tied output layer once; None for a model of another kind.
     """
-    shapes = linear_shapes(config)
-    if shapes is None or "vocab_size" not in config:
+    shapes, vocabulary = linear_shapes(config), _vocabulary(config)
+    if shapes is None or vocabulary == 0:
         return None
     hidden = int(config["hidden_size"])
     layer = sum(inputs * outputs for inputs, outputs in shapes.values()) + 2 * hidden
@@ -97,9 +118,44 @@ def count_parameters(config: Mapping[str, Any]) -> int | None:
         layer += 2 * int(config["intermediate_size"]) + hidden
     if _is_qwen3(config):  # norms of queries and keys
         layer += 2 * int(config.get("head_dim") or 128)
-    embeddings = int(config["vocab_size"]) * hidden
     matrices = 1 if config.get("tie_word_embeddings") else 2
-    return matrices * embeddings + _num_layers(config) * layer + hidden
+    num_layers = int(config["num_hidden_layers"])
+    return matrices * vocabulary * hidden + num_layers * layer + hidden
+
+
+def linear_ranks(config: Mapping[str, Any], peft: PeftConfig) -> list[dict[str, int]] | None:
+    """Return the rank of each linear layer's adapter.
+
+    Args:
+        config: the content of config.json.
+        peft: the adapter.
+
+    Returns:
+        For each decoder layer the names of `linear_shapes` with their ranks, 0 without an adapter;
+        None for a model of another kind, or targets that it does not have.
+    """
+    shapes = linear_shapes(config)
+    if shapes is None:
+        return None
+    targets: list[str] | None = None
+    if peft.target_modules != "all-linear":
+        known = [*shapes, "lm_head"]
+        targets = []
+        for module in peft.target_modules:
+            candidates = NEMO_NAMES.get(module, (module,))
+            found = [each for each in candidates if any(_ends_with(name, each) for name in known)]
+            if not found:
+                return None
+            targets += found
+    return [
+        {
+            name: _rank(f"model.layers.{layer}.{name}", peft)
+            if targets is None or any(_ends_with(name, target) for target in targets)
+            else 0
+            for name in shapes
+        }
+        for layer in range(int(config["num_hidden_layers"]))
+    ]
 
 
 def count_trainable(config: Mapping[str, Any], peft: PeftConfig) -> int | None:
@@ -115,24 +171,20 @@ def count_trainable(config: Mapping[str, Any], peft: PeftConfig) -> int | None:
     shapes = linear_shapes(config)
     if shapes is None:
         return None
-    targets: list[str] | None = None
-    if peft.target_modules != "all-linear":
-        known = [*shapes, "lm_head"]
-        targets = []
-        for module in peft.target_modules:
-            candidates = NEMO_NAMES.get(module, (module,))
-            found = [each for each in candidates if any(_ends_with(name, each) for name in known)]
-            if not found:
-                return None
-            targets += found
+    ranks = linear_ranks(config, peft)
+    if ranks is None:
+        return None
     total = 0
-    for layer in range(_num_layers(config)):
-        for name, (inputs, outputs) in shapes.items():
-            if targets is None or any(_ends_with(name, target) for target in targets):
-                rank = _rank(f"model.layers.{layer}.{name}", peft)
-                total += rank * (inputs + outputs) + (outputs if peft.use_dora else 0)
-    hidden, vocabulary = int(config["hidden_size"]), int(config.get("vocab_size", 0))
-    if targets is not None and any(_ends_with("lm_head", target) for target in targets):
+    for layer in ranks:
+        for name, rank in layer.items():
+            inputs, outputs = shapes[name]
+            total += rank * (inputs + outputs) + (outputs if peft.use_dora and rank else 0)
+    hidden, vocabulary = int(config["hidden_size"]), _vocabulary(config)
+    if vocabulary == 0:
+        return None
+    if peft.target_modules != "all-linear" and any(
+        _ends_with("lm_head", target) for target in peft.target_modules
+    ):
         total += _rank("lm_head", peft) * (hidden + vocabulary)
         total += vocabulary if peft.use_dora else 0
     for name in peft.modules_to_save:
@@ -158,8 +210,12 @@ def parameters_by_name(name: str) -> int | None:
     return round(float(number) * (10**9 if unit == "b" else 10**6))
 
 
-def _num_layers(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_hidden_layers", 0))
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    """Tokens of the embedding; 0: it cannot be read."""
+    try:
+        return max(0, int(config["vocab_size"]))
+    except (ArithmeticError, KeyError, TypeError, ValueError):
+        return 0
 
 
 def _is_qwen3(config: Mapping[str, Any]) -> bool:

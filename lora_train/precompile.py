@@ -39,7 +39,8 @@ from lora_train.config import Config
 from lora_train.config_loading import recipe_names, resolve
 from lora_train.errors import LoraTrainError, UserError
 from lora_train.kernel_cache import KernelCount
-from lora_train.rehearsal import MODELS, rehearse
+from lora_train.known_models import MODELS
+from lora_train.rehearsal import rehearse
 
 CAPABILITIES = (80, 90)
 """A100; H100 and H200. Those that launch tables are there for."""
@@ -185,7 +186,7 @@ def _cases() -> list[Case]:
         if config.model.path not in MODELS:
             raise UserError(
                 f"model.path={config.model.path}: its dimensions are not known here",
-                hint="add them to MODELS in lora_train/rehearsal.py",
+                hint="add them to MODELS in lora_train/known_models.py",
             )
         cases.append((config, MODELS[config.model.path]))
     return cases

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lora_train.batch_split import micro_batch_size
 from lora_train.config import Config
 from lora_train.errors import UserError
 from lora_train.gpu_sign import wants_cpu
@@ -310,7 +311,7 @@ def _num_to_start(config: Config, num_devices: int, num_nodes: int) -> int:
         return asked
     data = config.data
     for count in range(num_devices, 1, -1):
-        if data.global_batch_size % (data.micro_batch_size * count * num_nodes) == 0:
+        if data.global_batch_size % (micro_batch_size(config) * count * num_nodes) == 0:
             return count
     return 1
 

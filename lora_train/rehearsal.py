@@ -29,40 +29,6 @@ from lora_train.data.batches import IGNORED_LABEL, Batch
 from lora_train.errors import RunError
 from lora_train.loss import loss_sum
 
-MODELS: dict[str, dict[str, Any]] = {
-    "embedded:smollm2-135m-instruct": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    },
-    "meta-llama/Llama-3.2-1B": {
-        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    },
-    "meta-llama/Llama-3.1-8B": {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-        "rms_norm_eps": 1e-5,
-    },
-    "meta-llama/Llama-3.1-70B": {
-        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
-        "rms_norm_eps": 1e-5,
-    },
-    "mistralai/Mistral-7B-v0.3": {
-        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768,
-        "rms_norm_eps": 1e-5, "sliding_window": None,
-    },
-    "Qwen/Qwen3-8B": {
-        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
-        "rms_norm_eps": 1e-6, "head_dim": 128,
-    },
-}  # fmt: skip
-"""What of the config.json of the recipes' models decides about kernels, by `model.path`."""
-
 # the first layer, the last and those between launch with different arguments
 _NUM_LAYERS = 3
 # bitsandbytes' own
@@ -77,11 +43,11 @@ def rehearse(config: Config, dimensions: Mapping[str, Any]) -> None:
 
     Args:
         config: the run; `model.quantization`, `peft` and `trainer` are read.
-        dimensions: of its model, such as those in `MODELS`.
+        dimensions: of its model, such as those in `known_models.MODELS`.
     """
     base = _base_model(config, dimensions)
     model = attach_adapter(base, config)
-    if config.trainer.gradient_checkpointing:
+    if config.trainer.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     with _without_products():
@@ -108,10 +74,8 @@ def _train_and_validate(model: PeftModel, batch: Batch, fusion: Fusion) -> None:
 
 
 def _base_model(config: Config, dimensions: Mapping[str, Any]) -> PreTrainedModel:
-    options = {name: value for name, value in dimensions.items() if name != "model_type"}
-    model_config = AutoConfig.for_model(
-        dimensions["model_type"], num_hidden_layers=_NUM_LAYERS, **options
-    )
+    options = {**dimensions, "num_hidden_layers": _NUM_LAYERS}
+    model_config = AutoConfig.for_model(options.pop("model_type"), **options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=torch.bfloat16, attn_implementation=VARLEN

@@ -126,7 +126,7 @@ def start_trainer(
         base = random_base(shape, accelerator.device)
     torch.manual_seed(config.trainer.seed)
     model = attach_adapter(base, config).train()
-    if config.trainer.gradient_checkpointing:
+    if config.trainer.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     fusion = fuse_model(model, config, accelerator.device)

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 
+from lora_train.batch_split import micro_batch_size
 from lora_train.config import Config
 from lora_train.preflight.assets import num_parameters
 from lora_train.preflight.findings import Finding, in_bytes
@@ -144,13 +145,13 @@ def _idle(machine: Machine, config: Config, num_used: int) -> list[Finding]:
     if not idle or machine.is_login_node or config.trainer.devices != "auto":
         return []
     num_gpus, data = num_used + len(idle), config.data
-    batch = -(-data.global_batch_size // (data.micro_batch_size * num_gpus))
+    batch = -(-data.global_batch_size // (micro_batch_size(config) * num_gpus))
     return [
         Finding(
             "gpu", "warning", f"{len(idle)} of {num_gpus} GPUs stay idle",
             f"{data.global_batch_size} sequences a step do not divide by {num_gpus} processes, or "
             "as few tasks were started",
-            f"data.global_batch_size={batch * data.micro_batch_size * num_gpus}, or "
+            f"data.global_batch_size={batch * micro_batch_size(config) * num_gpus}, or "
             f"#SBATCH --gpus-per-node={num_used}",
         )
     ]  # fmt: skip

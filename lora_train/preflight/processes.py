@@ -53,8 +53,12 @@ def check_batch(machine: Machine, config: Config) -> list[Finding]:
         Finding(
             "batch",
             "ok",
-            f"{data.global_batch_size} sequences a step: micro-batches of "
-            f"{data.micro_batch_size}, {steps} accumulated on {_count(num_processes)}",
+            f"{data.global_batch_size} sequences a step on {_count(num_processes)}: "
+            + (
+                "micro-batches as the GPU's memory allows"
+                if data.micro_batch_size == "auto"
+                else f"micro-batches of {data.micro_batch_size}, {steps} accumulated"
+            ),
         )
     ]
 

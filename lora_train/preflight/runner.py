@@ -19,6 +19,7 @@ from lora_train.preflight.gpu import check_container, check_gpu
 from lora_train.preflight.installation import check_imports
 from lora_train.preflight.locks import check_locks
 from lora_train.preflight.machine import Machine
+from lora_train.preflight.memory import check_memory
 from lora_train.preflight.processes import check_batch, check_ranks, check_shm
 from lora_train.preflight.report import print_findings
 from lora_train.preflight.storage import check_storage
@@ -40,9 +41,10 @@ CHECKS: dict[str, Check] = {
     "shm": check_shm,
     "assets": check_assets,
     "batch": check_batch,
+    "memory": check_memory,
 }
 # what they find on a login node may be otherwise on the node of a job
-_OF_THIS_NODE = ("gpu", "container", "driver", "toolchain")
+_OF_THIS_NODE = ("gpu", "container", "driver", "toolchain", "memory")
 _SECONDS = 5.0
 
 

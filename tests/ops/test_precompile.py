@@ -17,7 +17,7 @@ import torch
 
 from lora_train import kernel_cache, precompile
 from lora_train.errors import UserError
-from lora_train.rehearsal import MODELS
+from lora_train.known_models import MODELS
 
 CAPABILITY = 90
 CASES = """

@@ -29,7 +29,7 @@ def test_errors_come_first_and_end_with_status_2(lora_train):
     done = lora_train("preflight", "--factory", "llama31_8b", HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert done.stdout.startswith("error: model: meta-llama/Llama-3.1-8B is not in the hub cache")
-    assert "hf download meta-llama/Llama-3.1-8B\n" in done.stdout
+    assert "lora-train prefetch --factory llama31_8b\n" in done.stdout
     assert "\nok: shm: " in done.stdout
     assert done.stdout.splitlines()[-1].startswith("preflight: 2 errors, ")
     assert done.stderr == ""
@@ -154,14 +154,18 @@ def test_the_batch_of_a_rehearsal_is_divided_over_the_devices_asked_for(configur
     assert finding.level == "error"
     assert finding.mend == "data.global_batch_size=15 or 18"
     [finding] = check_batch(command, configured(*words[:2], "trainer.devices=4"))
-    assert finding.seen == "16 sequences a step: micro-batches of 1, 4 accumulated on 4 processes"
+    assert finding.seen == (
+        "16 sequences a step on 4 processes: micro-batches as the GPU's memory allows"
+    )
     # in a run the processes are those that it starts, or that were started
     [finding] = check_batch(Machine(), configured(*words))
     assert finding.level == "error"
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 4), ("MASTER_PORT", 9)):
         monkeypatch.setenv(name, str(value))
     [finding] = check_batch(Machine(), configured(*words[:2]))
-    assert finding.seen.endswith("4 accumulated on 4 processes")
+    assert finding.seen.endswith("on 4 processes: micro-batches as the GPU's memory allows")
+    [finding] = check_batch(Machine(), configured(*words[:2], "data.micro_batch_size=2"))
+    assert finding.seen.endswith("on 4 processes: micro-batches of 2, 2 accumulated")
 
 
 def test_the_shape_of_the_job(configured, monkeypatch):
