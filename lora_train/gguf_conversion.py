@@ -299,6 +299,7 @@ def _stop_ids(fields: dict[str, Any]) -> int | list[int] | None:
 
 def _tokenizer(fields: dict[str, Any], gguf_file: Path) -> Any:
     """Return a tokenizer that cuts text as llama.cpp does for this file."""
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     pre = fields.get("tokenizer.ggml.pre", "default")
@@ -322,6 +323,10 @@ def _tokenizer(fields: dict[str, Any], gguf_file: Path) -> Any:
         backend.model.ignore_merges = True
 
     tokens = fields["tokenizer.ggml.tokens"]
+    # transformers adds tokens of its own, GPT-2's <|endoftext|>, that the model has no row for
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [each for each in state["added_tokens"] if each["id"] < len(tokens)]
+    backend = Tokenizer.from_str(json.dumps(state))
 
     def token(key: str) -> str | None:
         token_id = fields.get(f"tokenizer.ggml.{key}")

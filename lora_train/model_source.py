@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
 
 from lora_train.config import ModelConfig
 from lora_train.errors import UserError
@@ -33,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAFE_WEIGHTS = ("*.safetensors",)
-_PICKLED_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth")
+_PICKLED_WEIGHTS = ("pytorch_model*.bin",)
+# the same weights once more: in Mistral's own format, in another precision
+_DUPLICATES = ("consolidated*", "model.*.safetensors", "model.*.safetensors.index.json")
 
 
 def resolve_model(config: ModelConfig) -> str:
@@ -86,16 +89,55 @@ def download_model(config: ModelConfig) -> None:
     source = resolve_model(config)
     if Path(source).is_dir():
         return
-    weights = [*_SAFE_WEIGHTS, *(_PICKLED_WEIGHTS if config.allow_pickle else ())]
+    wanted, unwanted = file_patterns(config)
     try:
         snapshot_download(
             source,
             revision=config.revision,
-            allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", "*.py", *weights],
-            ignore_patterns=["*/*"],
+            allow_patterns=wanted,
+            ignore_patterns=unwanted,
         )
     except Exception as error:
         raise loading_error(error, config) from error
+
+
+def file_patterns(config: ModelConfig) -> tuple[list[str], list[str]]:
+    """Return which files of a model's repository a run loads.
+
+    Args:
+        config: the section that names it.
+
+    Returns:
+        Patterns of the files that are wanted, and of those that are not although they match.
+    """
+    weights = [*_SAFE_WEIGHTS, *(_PICKLED_WEIGHTS if config.allow_pickle else ())]
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", *weights]
+    return wanted, ["*/*", *_DUPLICATES]
+
+
+def check_listed(names: Collection[str], config: ModelConfig) -> None:
+    """Refuse a repository that holds no model which can be loaded.
+
+    Args:
+        names: those of its files that `file_patterns` wants.
+        config: the section that names it.
+
+    Raises:
+        UserError: there is no config.json, or there are no weights that may be loaded.
+    """
+    where = f"model.path={config.path}"
+    if "config.json" not in names:
+        raise UserError(f"{where} has no config.json", hint="name a model in Hugging Face's format")
+    kinds = ("model.safetensors", *(("pytorch_model.bin",) if config.allow_pickle else ()))
+    if any(kind in names or f"{kind}.index.json" in names for kind in kinds):
+        return
+    if any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"{where} has *.safetensors, and none that transformers loads: neither "
+            "model.safetensors nor model.safetensors.index.json",
+            hint="take another model, or another model.revision",
+        )
+    raise _pickle_error(where)
 
 
 def read_config_dict(source: str, config: ModelConfig) -> dict[str, Any]:
@@ -111,6 +153,9 @@ def read_config_dict(source: str, config: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it names a model that cannot be loaded as configured.
     """
+    # imports torch, which a download needs not
+    from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
+
     try:
         found, _ = PreTrainedConfig.get_config_dict(source, revision=config.revision)
     except Exception as error:
@@ -131,6 +176,20 @@ def read_config_dict(source: str, config: ModelConfig) -> dict[str, Any]:
             f"{model_type!r}{meant}",
             hint="choose another model, or an image with a newer transformers",
         )
+    refuse_quantized(found, config)
+    return found
+
+
+def refuse_quantized(found: Mapping[str, Any], config: ModelConfig) -> None:
+    """Refuse a model whose weights are quantized as they are stored.
+
+    Args:
+        found: the content of its config.json.
+        config: the section that names it.
+
+    Raises:
+        UserError: they are.
+    """
     quantization = found.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown method")
@@ -138,7 +197,6 @@ def read_config_dict(source: str, config: ModelConfig) -> dict[str, Any]:
             f"model.path={config.path} is already quantized ({method})",
             hint="name the unquantized model, and set model.quantization=nf4 for 4 bit",
         )
-    return found
 
 
 def max_positions(config: ModelConfig) -> int | None:
@@ -166,7 +224,7 @@ def loading_error(error: BaseException, config: ModelConfig) -> UserError:
     def raised(*types: type[BaseException]) -> bool:
         return any(issubclass(kind, types) for kind in kinds)
 
-    if raised(GatedRepoError) or "gated repo" in str(error):
+    if raised(GatedRepoError) or "access a gated repo" in str(error):
         return UserError(
             f"{where} is a gated repository, and {_token_state()}",
             hint=f"accept its terms on https://huggingface.co/{config.path}, then give HF_TOKEN",
@@ -188,11 +246,11 @@ def loading_error(error: BaseException, config: ModelConfig) -> UserError:
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         hub_cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        whole = "whole " if raised(IncompleteSnapshotError) else ""
         return UserError(
-            f"{where} is not in the hub cache ({hub_cache}), and {why}",
-            hint="on a node with network, once and with the same HF_HOME: "
-            f"HF_HUB_OFFLINE=0 hf download {config.path}"
-            + (f" --revision {config.revision}" if config.revision else ""),
+            f"{where} is not {whole}in the hub cache ({hub_cache}), and {why}",
+            hint="on a node with network, once and with the same HF_HOME: HF_HUB_OFFLINE=0 "
+            "lora-train prefetch, then the words of this run",
         )
     if not config.allow_pickle and (
         raised(EntryNotFoundError) or "safetensors" in str(error).lower()

@@ -1,4 +1,4 @@
-"""The cache folder; how a folder appears, whole or not at all; links that lead nowhere."""
+"""The cache folder; how folders and files appear, whole or not at all; links that lead nowhere."""
 
 import contextlib
 import os
@@ -38,6 +38,30 @@ def dangling_link(path: Path) -> Path | None:
     return next(
         (each for each in (path, *path.parents) if each.is_symlink() and not each.exists()), None
     )
+
+
+@contextlib.contextmanager
+def atomic_file(destination: Path) -> Iterator[Path]:
+    """Yield a path to write, which becomes `destination` when the block ends without an error.
+
+    Args:
+        destination: the file to make or to replace; its folder is made too.
+
+    Yields:
+        A hidden sibling of `destination`, of this process alone.
+
+    Raises:
+        OSError: the folder cannot be made or written, or the disk is full.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = destination.with_name(
+        f".{destination.name}.tmp-{socket.gethostname()}-{os.getpid()}"
+    )
+    try:
+        yield unfinished
+        unfinished.replace(destination)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -190,6 +190,7 @@ def test_llama3_tokenizer_follows_llama_cpp(tmp_path):
     assert tokenizer("he").input_ids == [258, 256]  # starts with <|begin_of_text|>
     assert tokenizer("<|eot_id|>", add_special_tokens=False).input_ids == [259]
     assert tokenizer.eos_token == "<|eot_id|>"
+    assert len(tokenizer) == 261  # and none that the embedding has no row for
     assert tokenizer.pad_token == "<|finetune_right_pad_id|>"
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
     assert json.loads((tmp_path / "hf/config.json").read_text())["pad_token_id"] == 260

@@ -12,7 +12,8 @@ from lora_train.config import DataConfig
 from lora_train.data.formats import Example, detect_format, normalize
 from lora_train.data.messages import RowError
 from lora_train.data.row_files import RowFile
-from lora_train.data.sources import Sources, Split
+from lora_train.data.sources import Sources
+from lora_train.data.splits import Split
 from lora_train.errors import UserError
 
 _MOST_SHOWN = 20

@@ -11,6 +11,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+# where NeMo's `squad` comes from
+SQUAD_ON_HUB = "rajpurkar/squad"
 _VALIDATION_PROPORTION = 0.05
 
 
@@ -68,14 +70,15 @@ def write_squad(squad: Mapping[str, Any], folder: Path, seed: int) -> None:
         try:
             with unfinished.open("w", encoding="utf-8") as stream:
                 for row in rows:
-                    stream.write(json.dumps(_nemo_row(row, is_test=name == "test")) + "\n")
+                    stream.write(json.dumps(nemo_row(row, is_test=name == "test")) + "\n")
             unfinished.replace(folder / f"{name}.jsonl")
         finally:
             unfinished.unlink(missing_ok=True)
     logger.info("wrote SQuAD in NeMo's form to %s", folder)
 
 
-def _nemo_row(row: Mapping[str, Any], *, is_test: bool) -> dict[str, Any]:
+def nemo_row(row: Mapping[str, Any], *, is_test: bool) -> dict[str, Any]:
+    """Return a row of SQuAD as NeMo writes it; a test row with all of its answers."""
     answers = row["answers"]["text"]
     line = {
         "input": f"Context: {row['context']} Question: {row['question']} Answer:",

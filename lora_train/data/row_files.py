@@ -2,7 +2,8 @@
 
 The `datasets` library is not used for these three: its type inference changes text (measured with
 datasets 5.2: the strings "2020-01-01" come back as timestamps, CSV "007" as 7 and "NA" as null),
-and its errors name no line. Parquet files, hub datasets and other folders go through `datasets`.
+and its errors name no line. Parquet files, and what only a dataset's card tells how to read, go
+through `datasets`.
 """
 
 from __future__ import annotations

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 from lora_train.config import Config, ModelConfig
 from lora_train.data.sources import find_sources
 from lora_train.errors import UserError
 from lora_train.paths import cache_dir
+from lora_train.prefetch.manifest import quick_problems
 from lora_train.preflight.assets import (
     Asset,
     find_data,
@@ -58,7 +59,9 @@ def _check_model(machine: Machine, config: ModelConfig, ask_hub: AskHub) -> Find
     if asset.is_here:
         return Finding("model", "ok", f"{asset.name} in {hub_cache()}")
     snapshot = cached_model(hub_cache(), asset.name, config.revision)
-    missing = missing_weights(snapshot) if snapshot is not None else None
+    missing = None
+    if snapshot is not None:
+        missing = missing_weights(snapshot, pickled=config.allow_pickle)
     elsewhere = _elsewhere(asset.name, config.revision)
     seen = f"{asset.name} is not in the hub cache {hub_cache()}"
     if missing:
@@ -68,10 +71,7 @@ def _check_model(machine: Machine, config: ModelConfig, ask_hub: AskHub) -> Find
         elsewhere = _TRUSTED
     if asset.bytes_to_fetch:
         seen += f" (about {in_bytes(asset.bytes_to_fetch)} to fetch)"
-    words = ["download", asset.name]
-    if config.revision:
-        words += ["--revision", config.revision]
-    mend = elsewhere or machine.shell_line("hf", words, _fetching(), _options(machine))
+    mend = elsewhere or _prefetch_line(machine)
     return _judged_download("model", seen, mend, _problem(_offline(), ask_hub))
 
 
@@ -100,21 +100,17 @@ def _check_data(machine: Machine, config: Config, ask_hub: AskHub) -> list[Findi
     if asset.is_here:
         where = asset.folder if data.path == "squad" else f"{asset.name} in {asset.folder}"
         return [Finding("data", "ok", f"{where}")]
-    # double quotes: the shell's are single
-    arguments = ", ".join(
-        [json.dumps(asset.name)]
-        + ([f"name={json.dumps(data.subset)}"] if data.subset else [])
-        + ([f"revision={json.dumps(data.revision)}"] if data.revision else [])
-    )
-    code = f"import datasets; datasets.load_dataset({arguments})"
-    seen = f"{asset.name} is not in the cache of the datasets library, {datasets_cache()}"
-    mend = machine.shell_line("python3", ["-c", code], _fetching(), _options(machine))
+    seen = f"{asset.name} is neither in the hub cache {hub_cache()} nor in {datasets_cache()}"
+    names = ("NEMO_HOME", "NEMO_DATASETS_CACHE") if data.path == "squad" else ()
+    mend = _prefetch_line(machine, *names)
     offline = offline_variable("HF_DATASETS_OFFLINE") or _offline()
     return [_judged_download("data", seen, mend, _problem(offline, ask_hub))]
 
 
 def _judged_files(asset: Asset, config: Config) -> Finding:
     error: UserError | None = None
+    if asset.folder is not None and (damaged := quick_problems(asset.folder)):
+        return _judged_bundle("data", asset.folder, damaged)
     if asset.folder is not None and asset.folder.is_dir():
         # the library that reads folders takes seconds to import
         if not any(not entry.name.startswith(".") for entry in asset.folder.iterdir()):
@@ -140,6 +136,8 @@ def _judged_folder(asset: Asset, config: ModelConfig) -> Finding:
             "inside a container only bound folders are seen",
             "model.path=FOLDER with config.json in it, or bind it: apptainer --bind, docker -v",
         )  # fmt: skip
+    if damaged := quick_problems(folder):
+        return _judged_bundle("model", folder, damaged)
     pointers = lfs_pointers(folder)
     if pointers:
         place = folder if folder.is_dir() else folder.parent
@@ -166,7 +164,7 @@ def _judged_folder(asset: Asset, config: ModelConfig) -> Finding:
             "model", "error", f"{where} has no tokenizer (tokenizer.json, tokenizer.model)",
             "text cannot be cut into tokens", "copy them there from the model's repository",
         )  # fmt: skip
-    missing = missing_weights(folder)
+    missing = missing_weights(folder, pickled=config.allow_pickle)
     what = _some(missing) if missing else "*.safetensors"
     return Finding(
         "model", "error", f"{where} has no {what}", "the weights cannot be loaded",
@@ -194,6 +192,29 @@ def _judged_embedded(machine: Machine, asset: Asset, known: str, ask_hub: AskHub
     if problem is not None:  # where pip fetches from may be reached although the hub is not
         problem = dataclasses.replace(problem, is_certain=False)
     return _judged_download(check, seen, mend, problem)
+
+
+def _judged_bundle(check: str, path: Path, damaged: list[str]) -> Finding:
+    """Judge a part of a bundle that is not as it was fetched."""
+    return Finding(
+        check, "error", f"{path}: {_some(damaged)}", "it was not copied whole",
+        f"copy it again; lora-train prefetch --verify {shlex.quote(str(path.parent))} reads it all",
+    )  # fmt: skip
+
+
+def _prefetch_line(machine: Machine, *more: str) -> str:
+    """Return the line that fetches model and data of this run where there is network.
+
+    Args:
+        machine: this node.
+        *more: variables that it also needs, if they are set.
+
+    Returns:
+        A line for the shell.
+    """
+    variables = _fetching() | {name: os.environ[name] for name in more if os.environ.get(name)}
+    words = ["prefetch", *machine.words]
+    return machine.shell_line("lora-train", words, variables, _options(machine))
 
 
 def _judged_download(check: str, seen: str, mend: str, problem: Problem | None) -> Finding:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from lora_train import quickstart
 from lora_train.config import DataConfig, ModelConfig
-from lora_train.data.nemo_squad import nemo_squad_folder
+from lora_train.data.hub_dataset import cached_snapshot
+from lora_train.data.nemo_squad import SQUAD_ON_HUB, nemo_squad_folder
 from lora_train.data.sources import HUB_NAME
 from lora_train.model_size import count_parameters, parameters_by_name
 from lora_train.paths import cache_dir
@@ -30,7 +31,6 @@ _MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LFS_POINTER = b"version https://git-lfs"
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-_NEMO_SQUAD = "rajpurkar/squad"
 _EMBEDDED_DATA_BYTES = 20 * 10**6
 # bits of a weight in a file such as model.Q4_K_M.gguf
 _QUANTIZATION = re.compile(r"(?:^|[-._])(?:I?Q|B?F)(\d+)", re.IGNORECASE)
@@ -103,11 +103,11 @@ def find_data(config: DataConfig) -> Asset:
         folder = squad_folder()
         with contextlib.suppress(OSError):  # it may not be entered
             if folder is not None and (folder / "training.jsonl").is_file():
-                return Asset("hub", _NEMO_SQUAD, folder)
-        return _find_dataset(_NEMO_SQUAD, None)
+                return Asset("hub", SQUAD_ON_HUB, folder)
+        return _find_dataset(SQUAD_ON_HUB, None, None)
     if _is_path(reference, HUB_NAME) or reference.lower().endswith(_DATA_ENDINGS):
         return Asset("local", reference)
-    return _find_dataset(reference, config.subset)
+    return _find_dataset(reference, config.subset, config.revision)
 
 
 def squad_folder() -> Path | None:
@@ -118,14 +118,14 @@ def squad_folder() -> Path | None:
         return None
 
 
-def model_config(config: ModelConfig) -> dict[str, Any] | None:
+def read_model_config(config: ModelConfig) -> dict[str, Any] | None:
     """Read the model's config.json, if it is here.
 
     Args:
         config: the section that names the model.
 
     Returns:
-        Its content, of a model of several kinds the text part; None if it is not to be had.
+        Its content; None if it is not to be had.
     """
     asset = find_model(config)
     folder = asset.folder
@@ -135,9 +135,24 @@ def model_config(config: ModelConfig) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return dict(content.get("text_config", content))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
+
+
+def model_config(config: ModelConfig) -> dict[str, Any] | None:
+    """Read what the model's config.json says of its text part, if it is here.
+
+    Args:
+        config: the section that names the model.
+
+    Returns:
+        The content of config.json, of a model of several kinds the text part; None if it is not
+        to be had.
+    """
+    content = read_model_config(config)
+    part = None if content is None else content.get("text_config")
+    return part if isinstance(part, dict) else content
 
 
 def num_parameters(config: ModelConfig) -> int | None:
@@ -156,10 +171,7 @@ def num_parameters(config: ModelConfig) -> int | None:
 
 def has_weights(folder: Path, config: ModelConfig) -> bool:
     """Tell whether a model folder holds all of its weights, in a form that may be loaded."""
-    missing = missing_weights(folder)
-    if missing is None:
-        return config.allow_pickle and any(folder.glob("*.bin"))
-    return not missing
+    return missing_weights(folder, pickled=config.allow_pickle) == []
 
 
 def lfs_pointers(path: Path) -> list[str]:
@@ -206,8 +218,11 @@ def _converted_bytes(gguf_file: Path) -> int:
     return 2 * parameters
 
 
-def _find_dataset(name: str, subset: str | None) -> Asset:
-    is_here = has_cached_dataset(name, subset)
+def _find_dataset(name: str, subset: str | None, revision: str | None) -> Asset:
+    snapshot = cached_snapshot(name, subset, revision)
+    if snapshot is not None:
+        return Asset("hub", name, snapshot.folder)
+    is_here = has_cached_dataset(name, subset, revision)
     return Asset("hub", name, datasets_cache() if is_here else None)
 
 

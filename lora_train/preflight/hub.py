@@ -19,6 +19,7 @@ from lora_train.preflight.folders import size_of
 
 _TRUE = ("1", "ON", "YES", "TRUE")
 _CONNECT_SECONDS = 2.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 # of any other scheme, SOCKS that is: 1080
 _PORTS = {"http": 80, "https": 443}
 
@@ -62,6 +63,24 @@ def offline_variable(*names: str) -> str | None:
     return "=".join(given[0]) if given and given[0][1].upper() in _TRUE else None
 
 
+def cached_commit(repository: Path, revision: str | None) -> str | None:
+    """Return the commit that a revision stands for, as far as the hub cache knows.
+
+    Args:
+        repository: folder of the hub cache, such as models--org--name.
+        revision: branch, tag or commit. None: main.
+
+    Returns:
+        The commit; it need not have a snapshot. None: a branch or tag that was not fetched.
+    """
+    revision = revision or "main"
+    try:
+        return (repository / "refs" / revision).read_text().strip()
+    except OSError:
+        is_there = (repository / "snapshots" / revision).is_dir()
+        return revision if is_there or _COMMIT.fullmatch(revision) else None
+
+
 def cached_model(cache: Path, name: str, revision: str | None) -> Path | None:
     """Return the folder of a downloaded model.
 
@@ -74,37 +93,62 @@ def cached_model(cache: Path, name: str, revision: str | None) -> Path | None:
         Its snapshot, with config.json in it; None if there is none.
     """
     folder = cache / f"models--{name.replace('/', '--')}"
-    commit = revision or "main"
     try:
-        reference = folder / "refs" / commit
-        if reference.is_file():
-            commit = reference.read_text().strip()
-        snapshot = folder / "snapshots" / commit
+        snapshot = folder / "snapshots" / (cached_commit(folder, revision) or "none")
         return snapshot if (snapshot / "config.json").is_file() else None
     except OSError:
         return None
 
 
-def missing_weights(folder: Path) -> list[str] | None:
+def promised_weights(folder: Path, *, pickled: bool) -> dict[str, set[str]] | None:
+    """Return the files that transformers loads a model's weights from, whether they are there.
+
+    Args:
+        folder: a folder with config.json.
+        pickled: whether .bin files may be loaded, where there are no safetensors.
+
+    Returns:
+        File to the tensors that the index finds in it, none without an index. None: no weights.
+
+    Raises:
+        ValueError: the index, which the message names, cannot be read.
+    """
+    for name in ("model.safetensors", *(("pytorch_model.bin",) if pickled else ())):
+        # taken before any index, which another version of the model may have left
+        if (folder / name).is_file():
+            return {name: set()}
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        promised: dict[str, set[str]] = {}
+        try:
+            for tensor, file in json.loads(index.read_text())["weight_map"].items():
+                promised.setdefault(file, set()).add(tensor)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(index.name) from error
+        return promised
+    return None
+
+
+def missing_weights(folder: Path, *, pickled: bool = False) -> list[str] | None:
     """Return the weight files that a model folder should hold and does not.
 
     Args:
         folder: a folder with config.json.
+        pickled: whether .bin files may be loaded, where there are no safetensors.
 
     Returns:
-        Names that the index lists; empty: all there. None: there are no safetensors at all.
+        Names that the index lists; empty: all there. None: no such weights at all.
     """
-    # taken before any index, which another version of the model may have left
-    if (folder / "model.safetensors").is_file():
-        return []
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return [index.name]
-        return sorted(name for name in named if not (folder / name).is_file())
-    return [] if any(path.is_file() for path in folder.glob("*.safetensors")) else None
+    try:
+        promised = promised_weights(folder, pickled=pickled)
+    except ValueError as unreadable:
+        return [str(unreadable)]
+    if promised is not None:
+        return sorted(name for name in promised if not (folder / name).is_file())
+    patterns = ("*.safetensors", "*.bin") if pickled else ("*.safetensors",)
+    found = any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
+    return [] if found else None
 
 
 def cached_bytes(name: str) -> int:
@@ -112,26 +156,29 @@ def cached_bytes(name: str) -> int:
     return size_of(hub_cache() / f"models--{name.replace('/', '--')}" / "blobs")
 
 
-def has_cached_dataset(name: str, subset: str | None) -> bool:
-    """Tell whether `datasets` finds a hub dataset without network.
-
-    It reads its own tables only: a snapshot that `hf download` made is not found.
+def has_cached_dataset(name: str, subset: str | None, revision: str | None) -> bool:
+    """Tell whether `datasets` has tables of a hub dataset, which it finds without network.
 
     Args:
         name: org/name.
         subset: the dataset's configuration. None: any.
+        revision: branch, tag or commit; the library takes the tables that were made last. None:
+            any.
 
     Returns:
-        Whether a table of it is there.
+        Whether tables of it are there, and of no other revision.
     """
     *namespace, last = name.split("/")
     snake = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", last)
     snake = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", snake).lower()
     folder = datasets_cache() / "___".join([*namespace, snake])
     try:
-        return any(folder.glob(f"{subset or '*'}/*/*/dataset_info.json"))
+        found = {file.parent.name for file in folder.glob(f"{subset or '*'}/*/*/dataset_info.json")}
     except OSError:
         return False
+    if revision is None:
+        return bool(found)
+    return found == {cached_commit(hub_cache() / f"datasets--{name.replace('/', '--')}", revision)}
 
 
 def hub_problem() -> Problem | None:

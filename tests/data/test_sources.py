@@ -179,8 +179,14 @@ def test_what_is_missing(tmp_path, monkeypatch, write_jsonl, path, message, hint
     assert hint in caught.value.hint
 
 
-def test_an_offline_hub_name_says_that_snapshots_need_their_folder(monkeypatch):
+@pytest.fixture
+def empty_hub_cache(monkeypatch, tmp_path):
+    """No network, and no snapshot: hub names are tables of the datasets library, or nothing."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_an_offline_hub_name_says_what_fetches_it(monkeypatch, empty_hub_cache):
 
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)")
@@ -190,10 +196,10 @@ def test_an_offline_hub_name_says_that_snapshots_need_their_folder(monkeypatch):
         find_sources(DataConfig(path="org/name"), 0)
     assert "org/name is no file or folder here" in caught.value.message
     assert "not found offline (HF_HUB_OFFLINE=1)" in caught.value.message
-    assert "data.path=<snapshot folder>" in caught.value.hint
+    assert "HF_HUB_OFFLINE=0 lora-train prefetch" in caught.value.hint
 
 
-def test_a_hub_dataset_that_needs_a_subset(monkeypatch):
+def test_a_hub_dataset_that_needs_a_subset(monkeypatch, empty_hub_cache):
     def several(*args, **kwargs):
         raise ValueError("Config name is missing.\nPlease pick one among: ['main', 'socratic']")
 
@@ -204,7 +210,19 @@ def test_a_hub_dataset_that_needs_a_subset(monkeypatch):
     assert caught.value.hint == "data.subset= one of ['main', 'socratic']"
 
 
-def test_hub_rows_with_filled_in_nulls(monkeypatch):
+def test_tables_of_another_revision_are_not_taken(monkeypatch, tmp_path, empty_hub_cache):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    table = datasets.Dataset.from_list(pairs(["a"]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.DatasetDict(train=table))
+    commits = "a" * 40, "b" * 40
+    (tmp_path / "hf/org___name/default/0.0.0" / commits[0]).mkdir(parents=True)
+    (tmp_path / "hf/org___name/default/0.0.0" / commits[0] / "dataset_info.json").touch()
+    find_sources(DataConfig(path="org/name", revision=commits[0]), 0)
+    with pytest.raises(UserError, match="org/name is no file or folder here"):
+        find_sources(DataConfig(path="org/name", revision=commits[1]), 0)
+
+
+def test_hub_rows_with_filled_in_nulls(monkeypatch, empty_hub_cache):
     table = datasets.Dataset.from_list([{"input": "a", "output": "b", "instruction": None}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.DatasetDict(train=table))
     found = find_sources(DataConfig(path="org/name"), 0)

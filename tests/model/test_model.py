@@ -123,7 +123,8 @@ def test_hub_model_that_is_not_here_offline(tmp_path):
     assert result.stdout.strip() == (
         f"model.path=some-org/some-model is not in the hub cache ({tmp_path}), and "
         "HF_HUB_OFFLINE is set\nhint: on a node with network, once and with the same HF_HOME: "
-        "HF_HUB_OFFLINE=0 hf download some-org/some-model --revision abc"
+        "HF_HUB_OFFLINE=0 "
+        "lora-train prefetch, then the words of this run"
     ), result.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -41,7 +42,8 @@ def table(cache, name="org___data_set", subset="default"):
 @pytest.fixture
 def judge(machine, configured):
     def judge(*words):
-        return {each.check: each for each in check_assets(machine, configured(*words))}
+        here = dataclasses.replace(machine, words=words)
+        return {each.check: each for each in check_assets(here, configured(*words))}
 
     return judge
 
@@ -77,12 +79,13 @@ def test_offline_and_not_here(judge, monkeypatch, tmp_path):
     assert found["model"].why.startswith("HF_HUB_OFFLINE=1 turns the network off; fetch it")
     variables = f"HF_HUB_OFFLINE=0 HF_HOME={tmp_path / 'hf'}"
     programs = Path(sys.executable).parent
-    assert found["model"].mend == (
-        f"{variables} {programs / 'hf'} download org/model-7B --revision v2"
-    )
-    assert found["data"].mend == (
-        f"{variables} {programs / 'python3'} -c "
-        '\'import datasets; datasets.load_dataset("org/DataSet", name="en")\''
+    assert (
+        found["model"].mend
+        == found["data"].mend
+        == (
+            f"{variables} {programs / 'lora-train'} prefetch {MODEL} model.revision=v2 {DATA} "
+            "data.subset=en"
+        )
     )
 
 
@@ -100,7 +103,7 @@ def test_the_line_that_fetches_can_be_pasted(judge, monkeypatch, tmp_path):
     monkeypatch.setenv("APPTAINER_CONTAINER", "/my images/lora.sif")
     words = shlex.split(judge(MODEL, DATA)["model"].mend)
     assert words[4:7] == ["singularity", "exec", "/my images/lora.sif"]
-    assert words[8:] == ["download", "org/model-7B"]
+    assert words[8:] == ["prefetch", MODEL, DATA]
 
 
 def test_in_the_image_its_programs_are_called_by_name(judge, root, monkeypatch):
@@ -110,7 +113,7 @@ def test_in_the_image_its_programs_are_called_by_name(judge, root, monkeypatch):
     monkeypatch.setenv("HF_HOME", "/workspace/my caches")
     assert judge(MODEL, DATA)["model"].mend == (
         "docker run -e HF_HUB_OFFLINE=0 -e HF_HOME='/workspace/my caches' "
-        '-v "$PWD":/workspace IMAGE hf download org/model-7B'
+        f'-v "$PWD":/workspace IMAGE lora-train prefetch {MODEL} {DATA}'
     )
 
 
@@ -128,7 +131,7 @@ def test_an_unreachable_hub(judge):
     found = judge(MODEL, DATA)
     assert found["model"].level == found["data"].level == "error"
     assert found["model"].why.startswith("127.0.0.1:9 cannot be reached (Connection refused)")
-    assert "hf download org/model-7B" in found["model"].mend
+    assert f"lora-train prefetch {MODEL} {DATA}" in found["model"].mend
 
 
 def test_a_hub_that_answers(judge, reachable):
@@ -280,8 +283,9 @@ def no_home():
 
 def test_squad(judge, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert 'load_dataset("rajpurkar/squad")' in judge("data.path=squad")["data"].mend
     monkeypatch.setenv("NEMO_HOME", str(tmp_path / "nemo"))
+    mend = judge("data.path=squad")["data"].mend
+    assert mend.endswith(" prefetch data.path=squad") and f"NEMO_HOME={tmp_path / 'nemo'}" in mend
     (tmp_path / "nemo/datasets/squad").mkdir(parents=True)
     (tmp_path / "nemo/datasets/squad/training.jsonl").touch()
     assert judge("data.path=squad")["data"].level == "ok"
