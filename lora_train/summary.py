@@ -14,8 +14,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lora_train.answers import AnswerReport, is_exact_match
+from lora_train.answers import AnswerReport
 from lora_train.data.held_out import HeldOutExample
+from lora_train.evaluation.scores import is_exact_match
 from lora_train.metrics import read_metrics
 from lora_train.progress import format_seconds
 
@@ -139,6 +140,8 @@ def _next_steps(summary: dict[str, Any]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("adapter", f"{summary['run_directory']}/adapter  (plain PEFT format)")
+    if (Path(summary["run_directory"]) / "report.html").is_file():
+        table.add_row("report", f"{summary['run_directory']}/report.html  (open in a browser)")
     table.add_row("try it", Text(f"{program} generate {run}", style="bold"))
     if summary["name"] == "quickstart":
         table.add_row("your data", f"{program} data.path=chats.jsonl log.name=mine")

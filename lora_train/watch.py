@@ -14,7 +14,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -72,6 +72,8 @@ class Watch:
         self._not_saving.set()
         self._stopped = threading.Event()
         self._last_answer = time.monotonic()
+        self.before_end: Callable[[dict[str, Any]], None] | None = None
+        """Called on process 0 before it ends because of another one."""
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
         threading.Thread(target=self._check_answers, name="watch of the store", daemon=True).start()
@@ -248,6 +250,8 @@ class Watch:
         if has_store:
             with contextlib.suppress(DistNetworkError, DistStoreError):
                 self._say_farewell(but=rank)
+        if self._rank == 0 and self.before_end is not None:
+            self.before_end(end | {"host": self._hosts[rank]})
         os._exit(end["status"])
 
     def _say_farewell(self, but: int | None = None) -> None:
