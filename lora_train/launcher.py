@@ -67,7 +67,7 @@ class _Launch:
                     # a process group of its own: Ctrl-C reaches the terminal's group, so a child
                     # would get it twice
                     process_group=0,
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=end_with_parent,
                 )
             )
         if self._signal is not None:  # came while they were being started
@@ -142,6 +142,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have the kernel stop this child when its parent is killed, as no handler could."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -76,7 +76,7 @@ def prepare_data(config: Config, tokenizer: Any, *, max_positions: int | None) -
         )
     report = DataReport(train.format_name, data.seq_length, train_report, validation_report, notes)
     prepared = PreparedData(
-        train_set, train_packs, validation_set, validation_packs, report, content_hash
+        train_set, train_packs, validation_set, validation_packs, report, content_hash, sources
     )
     logger.info("prepared the data in %.1f s", time.monotonic() - start)
     try:
@@ -87,11 +87,12 @@ def prepare_data(config: Config, tokenizer: Any, *, max_positions: int | None) -
         )
         return prepared
     # from the cache even now: all processes of a node then share the same pages
-    return load_prepared(folder) or prepared
+    kept = load_prepared(folder)
+    return prepared if kept is None else dataclasses.replace(kept, sources=sources)
 
 
 def _named(cached: PreparedData, sources: Sources) -> PreparedData:
-    """Return cached data under the names of this run's files; copies of a file share a hash."""
+    """Return cached data with this run's sources and names; copies of a file share a hash."""
     report = cached.report
     train = dataclasses.replace(report.train, source=sources.train.name)
     validation = report.validation
@@ -100,7 +101,7 @@ def _named(cached: PreparedData, sources: Sources) -> PreparedData:
         source = named.name if named is not None else held_out_name(sources.train.name)
         validation = dataclasses.replace(validation, source=source)
     report = dataclasses.replace(report, train=train, validation=validation)
-    return dataclasses.replace(cached, report=report)
+    return dataclasses.replace(cached, report=report, sources=sources)
 
 
 def _prepare_set(

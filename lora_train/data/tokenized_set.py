@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_train.data.packing import Packs
 from lora_train.data.tokenizing import Tokenized
+
+if TYPE_CHECKING:
+    from lora_train.data.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -122,3 +126,5 @@ class PreparedData:
     """Counts and notes."""
     content_hash: str
     """Hash of all that determines the above; equal hashes mean equal batches."""
+    sources: Sources | None = None
+    """Where the rows came from; None for what the cache holds, before it is given to a run."""

@@ -1,0 +1,1 @@
+"""What made a run: its receipt, written by each start into environment.json."""
