@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_train.data.held_out import HeldOutExample
+from lora_train.evaluation.scores import is_exact_match
 from lora_train.generation import generate_answers
 
 
@@ -75,26 +75,3 @@ def answer_held_out(
         for answer, example in zip(answers, examples, strict=True)
     ]
     return AnswerReport(answers=answers, exact_match=sum(equal) / len(equal))
-
-
-def is_exact_match(answer: str, reference: str) -> bool:
-    """Compare an answer with the reference: by value where the reference is a JSON object or list.
-
-    Args:
-        answer: what the model wrote.
-        reference: what it should have written.
-
-    Returns:
-        Whether they are equal, blanks at the ends aside.
-    """
-    answer, reference = answer.strip(), reference.strip()
-    try:
-        expected = json.loads(reference)
-    except json.JSONDecodeError:
-        return answer == reference
-    if not isinstance(expected, dict | list):
-        return answer == reference
-    try:
-        return bool(json.loads(answer) == expected)
-    except json.JSONDecodeError:
-        return False

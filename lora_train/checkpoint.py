@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_train.errors import UserError
+
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"^step-(\d{6,})$")
@@ -112,6 +114,31 @@ def newest_complete(root: Path) -> Checkpoint | None:
             return checkpoint
         log.warning("skipping broken checkpoint %s: %s", checkpoint.path, fault)
     return None
+
+
+def complete_at(root: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step, whole and unchanged.
+
+    Args:
+        root: the run's `checkpoints` folder; need not exist.
+        step: optimizer steps done.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: there is none, or it is broken; says which steps there are.
+    """
+    steps = sorted(_steps(root), key=lambda checkpoint: checkpoint.step)
+    wanted = next((each for each in steps if each.step == step), None)
+    fault = "there is none" if wanted is None else _fault(wanted.path)
+    if wanted is not None and fault is None:
+        return wanted
+    there = ", ".join(str(each.step) for each in steps) or "none"
+    raise UserError(
+        f"checkpoint of step {step} in {root}: {fault}",
+        hint=f"checkpoints kept: {there}; log.ckpt.keep_last=N of a run keeps more",
+    )
 
 
 def delete_old(newest: Checkpoint, keep_last: int) -> None:

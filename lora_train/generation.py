@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +40,16 @@ def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
     return sorted(found)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote."""
+
+    text: str
+    """Without special tokens."""
+    is_complete: bool
+    """Whether it came to its end; False: cut at the longest that was allowed."""
+
+
 def generate_answers(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,13 +70,30 @@ def generate_answers(
     Returns:
         The answers in the order of the prompts, without special tokens.
     """
+    answers = answer_prompts(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return [answer.text for answer in answers]
+
+
+@torch.no_grad()
+def answer_prompts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Answer]:
+    """As `generate_answers`, and tell of each answer whether it came to its end."""
     base = _base_model(model)
     device = base.get_input_embeddings().weight.device
     config = _config(model, tokenizer, max_new_tokens=max_new_tokens)
     # like lengths together: less padding to compute, and like answers end together
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers = [""] * len(prompts)
-    with _generating(model):
+    answers = [Answer("", True)] * len(prompts)
+    stops = torch.tensor(config.eos_token_id)
+    with generating(model, tokenizer):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             width = len(prompts[indices[-1]])
@@ -81,9 +108,11 @@ def generate_answers(
                 attention_mask=mask.to(device),
                 generation_config=config,
             )
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for index, text in zip(indices, texts, strict=True):
-                answers[index] = text
+            written = output[:, width:].cpu()
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+            ended = torch.isin(written, stops).any(dim=1).tolist()
+            for index, text, has_ended in zip(indices, texts, ended, strict=True):
+                answers[index] = Answer(text, has_ended)
     return answers
 
 
@@ -119,7 +148,7 @@ def stream_answer(
         # transformers keeps the 50 likeliest unless told otherwise
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     config = _config(model, tokenizer, max_new_tokens=max_new_tokens, **options)
-    with _generating(model):
+    with generating(model, tokenizer):
         output = base.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -130,12 +159,22 @@ def stream_answer(
 
 
 @contextlib.contextmanager
-def _generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Inside the block: eval mode, sdpa with a cache, and no defaults that came with the model."""
+def generating(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[PreTrainedModel]:
+    """Inside the block: eval mode, sdpa with a cache; of the model's defaults only its stops.
+
+    Args:
+        model: with its adapter as it stands.
+        tokenizer: the model's.
+
+    Yields:
+        The model to call `generate` of, with the adapter in its layers.
+    """
     base = _base_model(model)
     own_config, was_training = base.generation_config, model.training
     # sampling and repetition penalties that a model recommends would make greedy answers other ones
-    base.generation_config = GenerationConfig()
+    base.generation_config = _config(model, tokenizer)
     model.eval()
     # the adapter is fp32 beside a bf16 model
     dtype = base.config.dtype or torch.float32
@@ -145,7 +184,7 @@ def _generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             generation_attention(model),
             torch.autocast(device_type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):
-            yield
+            yield base
     finally:
         base.generation_config = own_config
         model.train(was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lora_train.attention import packing_kwargs
@@ -11,6 +12,9 @@ from lora_train.data.batches import Batch
 
 if TYPE_CHECKING:
     from lora_kernels.peft_bridge import Fusion
+
+# of the logits that are widened to fp32 together: 128 MiB with a vocabulary of 128k
+_ROWS_AT_ONCE = 256
 
 
 def loss_sum(model: nn.Module, batch: Batch, fusion: Fusion | None = None) -> Tensor:
@@ -33,12 +37,44 @@ def loss_sum(model: nn.Module, batch: Batch, fusion: Fusion | None = None) -> Te
             batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen,
             batch.predicting, targets,
         )  # fmt: skip
+    logits = _logits(model, batch)
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of each supervised token of one micro-batch; no gradient.
+
+    The sum is that of `loss_sum` up to rounding: where kernels run the decoder they run it here
+    too, and the head's logits are rounded alike.
+
+    Args:
+        model: a causal language model of transformers, with or without a PEFT adapter.
+        batch: one padding-free row, on the model's device.
+
+    Returns:
+        (num_supervised,) fp32, in nats, in the order of `batch.predicting`.
+    """
+    with torch.no_grad():
+        logits = _logits(model, batch)
+        targets = batch.labels[0, batch.predicting + 1]
+        return torch.cat(
+            [
+                nn.functional.cross_entropy(some.float(), these, reduction="none")
+                for some, these in zip(
+                    logits.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True
+                )
+            ]
+        )
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of the places that predict a supervised token, (num_supervised, V)."""
     attention: str = model.config._attn_implementation  # type: ignore[union-attr, assignment]
-    logits = model(
+    logits: Tensor = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         logits_to_keep=batch.predicting,
         use_cache=False,
         **packing_kwargs(attention, batch.cu_seqlens, batch.max_seqlen),
     ).logits
-    return nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
+    return logits[0]

@@ -38,6 +38,11 @@ class Batch:
     num_supervised: int
     """Tokens that are predicted and count in the loss: labels that are not -100."""
 
+    @property
+    def attended_keys(self) -> int:
+        """Over all tokens, the keys that each attends to: those before it, and itself."""
+        return int(self.position_ids.sum()) + self.position_ids.numel()
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on `device`."""
         moved: dict[str, Any] = {

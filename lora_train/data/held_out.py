@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_train.config import Config
 from lora_train.data.examples import read_validation
-from lora_train.data.formats import Chat, Text, answer_text
+from lora_train.data.formats import Chat, Example, Text, answer_text
 from lora_train.data.messages import RowError
 from lora_train.data.rendering import ChatRenderer, as_chat, raw_parts
 from lora_train.data.sources import find_sources
@@ -60,21 +60,41 @@ def held_out_examples(config: Config, tokenizer: Any, limit: int) -> list[HeldOu
         if isinstance(example, Text):
             logger.warning("plain text has no prompts to answer: no answers are generated")
             return []
-        chat = as_chat(example, tokenizer.chat_template is not None)
-        system = None
-        if isinstance(chat, Chat):
-            turn = chat.supervised[-1]
-            try:
-                prompt = chats.prompt(chat, turn)
-            except RowError as error:
-                validation.refuse([(index, error)])
-            question = str(chat.messages[turn - 1]["content"]) if turn else ""
-            if chat.messages[0]["role"] == "system":
-                system = str(chat.messages[0]["content"])
-        else:
-            prompt, _ = raw_parts(example)
-            question = prompt
-        ids = example_tokenizer.prompt_ids(prompt, is_chat=chat is not None)
-        if len(ids) < data.seq_length:
-            found.append(HeldOutExample(question, list(ids), system, answer_text(example)))
+        try:
+            asked = as_held_out(example, chats, example_tokenizer)
+        except RowError as error:
+            validation.refuse([(index, error)])
+        if len(asked.prompt_ids) < data.seq_length:
+            found.append(asked)
     return found
+
+
+def as_held_out(
+    example: Example, chats: ChatRenderer, tokenizer: ExampleTokenizer
+) -> HeldOutExample:
+    """Cut an example before its final answer.
+
+    Args:
+        example: a checked example that is no plain text.
+        chats: renders those that are chats.
+        tokenizer: makes the tokens.
+
+    Returns:
+        What inference is given, and what it should answer.
+
+    Raises:
+        RowError: the chat template refuses the conversation.
+    """
+    chat = as_chat(example, chats.tokenizer.chat_template is not None)
+    system = None
+    if isinstance(chat, Chat):
+        turn = chat.supervised[-1]
+        prompt = chats.prompt(chat, turn)
+        question = str(chat.messages[turn - 1]["content"]) if turn else ""
+        if chat.messages[0]["role"] == "system":
+            system = str(chat.messages[0]["content"])
+    else:
+        prompt, _ = raw_parts(example)
+        question = prompt
+    ids = tokenizer.prompt_ids(prompt, is_chat=chat is not None)
+    return HeldOutExample(question, list(ids), system, answer_text(example))

@@ -16,7 +16,8 @@ from lora_train.errors import UserError
 logger = logging.getLogger(__name__)
 
 _REFUSED_FRACTION = 0.05
-_TRUNCATABLE = ("input_output", "prompt_completion")
+TRUNCATABLE = ("input_output", "prompt_completion")
+"""Forms of rows whose input can be cut."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ def fit(
         f" {limit.source}={limit.tokens} tokens; the longest has {lengths.max()},"
         f" 95 % have at most {int(np.quantile(lengths, 0.95))}"
     )
-    if data.overlong == "truncate" and examples.format_name not in _TRUNCATABLE:
+    if data.overlong == "truncate" and examples.format_name not in TRUNCATABLE:
         raise UserError(
-            f"data.overlong=truncate cuts the input of {' and '.join(_TRUNCATABLE)} rows, and these"
+            f"data.overlong=truncate cuts the input of {' and '.join(TRUNCATABLE)} rows, and these"
             f" are {examples.format_name}; {found}",
             hint=f"{_longer_hint(lengths, limit)}data.overlong=drop leaves them out",
         )
@@ -96,7 +97,7 @@ def fit(
     for sequence, long in zip(sequences, too_long.tolist(), strict=True):
         if not long:
             kept.append(sequence)
-        elif data.overlong == "truncate" and (cut := _truncated(sequence, limit.tokens)):
+        elif data.overlong == "truncate" and (cut := truncated(sequence, limit.tokens)):
             kept.append(cut)
             num_truncated += 1
     num_dropped = len(sequences) - len(kept)
@@ -115,7 +116,7 @@ def _longer_hint(lengths: np.ndarray, limit: LengthLimit) -> str:
     return f"data.seq_length={longest} takes all; "
 
 
-def _truncated(sequence: Tokenized, limit: int) -> Tokenized | None:
+def truncated(sequence: Tokenized, limit: int) -> Tokenized | None:
     """Cut the end of the input, as NeMo does; None if the answer leaves no room for any input.
 
     NeMo would go on and cut the answer, which teaches the model to stop anywhere.

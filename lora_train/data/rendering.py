@@ -108,10 +108,14 @@ class ChatRenderer:
         Raises:
             RowError: the template refuses the conversation.
         """
-        text = self._texts([(chat, turn, True)])[0]
+        [text] = self.prompts([(chat, turn)])
         if isinstance(text, RowError):
             raise text
         return text
+
+    def prompts(self, requests: Sequence[tuple[Chat, int]]) -> list[str | RowError]:
+        """As `prompt`, for many: for each chat and turn the text, or why it is refused."""
+        return self._texts([(chat, turn, True) for chat, turn in requests])
 
     def _sequences(self, chat: Chat, texts: Sequence[str | RowError]) -> list[Rendered] | RowError:
         """Turn the whole, the prompts and the ends of a chat's answers into sequences."""

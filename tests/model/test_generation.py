@@ -3,7 +3,7 @@ import torch
 
 from lora_train.attention import VARLEN
 from lora_train.config import ModelConfig
-from lora_train.generation import generate_answers, stop_ids, stream_answer
+from lora_train.generation import generate_answers, generating, stop_ids, stream_answer
 from lora_train.model import load_base_model, load_tokenizer
 
 PROMPTS = [[1, *range(10, 10 + n)] for n in (9, 3, 14, 3, 6)]
@@ -62,6 +62,22 @@ def test_stops_at_an_end_of_turn_that_no_config_names(loaded):
     finally:
         head.copy_(kept)
     assert answers == ["", ""]
+
+
+def test_another_librarys_call_stops_there_too(loaded):
+    """As lm-evaluation-harness calls generate: without a configuration of its own."""
+    model, tokenizer = loaded
+    written = model.generation_config.eos_token_id
+    ids = torch.tensor([PROMPTS[0]])
+    with generating(model, tokenizer) as base:
+        first = int(base.generate(ids, max_new_tokens=5)[0, ids.shape[1]])
+    model.generation_config.eos_token_id = [2, first]
+    try:
+        with generating(model, tokenizer) as base:
+            output = base.generate(ids, max_new_tokens=5)
+    finally:
+        model.generation_config.eos_token_id = written
+    assert output.shape[1] == ids.shape[1] + 1
 
 
 def test_a_models_own_sampling_defaults_do_not_count(loaded):
