@@ -40,6 +40,7 @@ from lora_train.adapter_init import (
 )
 from lora_train.config import Config
 from lora_train.errors import UserError
+from lora_train.merge.base_name import portable_name
 from lora_train.model_size import NEMO_NAMES
 from lora_train.model_source import resolve_model
 
@@ -115,6 +116,7 @@ def attach_adapter(
         elif init == "eva":
             _initialize_eva(peft_model, calibration_batches)
     peft_model.initial_factors = factors
+    _name_base(peft_model, config)
     for name, parameter in peft_model.named_parameters():
         is_adapter = "lora_" in name or "modules_to_save" in name
         assert is_adapter or not parameter.requires_grad, name
@@ -185,6 +187,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """
     # otherwise PEFT asks the hub whether the embedding was resized
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    # a form to fill in; the finished adapter gets its own
+    (folder / "README.md").unlink(missing_ok=True)
     saved = LoraConfig.from_pretrained(str(folder))
     # a loader would run the start again, and PiSSA would change its base
     saved.init_lora_weights = True
@@ -207,6 +211,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     # save_pretrained of the model marks it so as well
     saved.inference_mode = True
     saved.save_pretrained(str(folder))
+    # save_file leaves 0600; the folder's other files follow the umask
+    (folder / _WEIGHTS).chmod(0o666 & folder.stat().st_mode)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -234,6 +240,19 @@ def _without_noise() -> Iterator[None]:
         for message in _PEFT_NOISE:
             warnings.filterwarnings("ignore", message)
         yield
+
+
+def _name_base(model: PeftModel, config: Config) -> None:
+    """Let the adapter name its base so that others find it, where PEFT writes this machine's path.
+
+    Nothing here reads it: a run, and `generate`, take the base from the configuration.
+    """
+    commit = getattr(model.get_base_model().config, "_commit_hash", None)
+    base = portable_name(config.model.path, config.model.revision, commit)
+    settings = model.peft_config[ADAPTER]
+    settings.base_model_name_or_path, settings.revision = base.name, base.revision
+    if base.warning is not None:
+        logger.warning("%s", base.warning)
 
 
 def _resume(model: PeftModel, folder: Path, init: str) -> InitialFactors:

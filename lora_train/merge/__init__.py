@@ -1,0 +1,1 @@
+"""Merging: an adapter added into its base model, with a proof that the sum is the same model."""
