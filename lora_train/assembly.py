@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from torch.distributed.device_mesh import DeviceMesh
 
 from lora_train.attention import packing_kwargs
-from lora_train.batch_split import gradient_accumulation_steps
+from lora_train.batch_split import gradient_accumulation_steps, micro_batch_size
 from lora_train.config import Config
-from lora_train.config_loading import flatten, to_tree
+from lora_train.config_loading import flatten, read_yaml, to_tree
 from lora_train.data.batches import BatchSchedule, collate
 from lora_train.data.prepared import PreparedData
 from lora_train.device import select_device, select_precision, set_cpu_threads
 from lora_train.errors import UserError
 from lora_train.metrics import MetricsLog, keep_trackers_offline
 from lora_train.model_size import checkpoint_bytes
+from lora_train.model_source import read_config_dict, resolve_model
 from lora_train.optimizer import make_optimizer, make_scheduler
+from lora_train.plan.settling import Settings, has_auto, settle
 from lora_train.ranks import Ranks
 from lora_train.rendezvous import Group
 from lora_train.run_directory import RunDirectory
@@ -49,6 +52,52 @@ def make_accelerator(config: Config, directory: RunDirectory, group: Group) -> A
             project_dir=str(directory.path), logging_dir=str(directory.path / "trackers")
         ),
     )
+
+
+def settle_settings(
+    config: Config,
+    device: torch.device,
+    group: Group,
+    directory: RunDirectory,
+    mesh: DeviceMesh | None = None,
+) -> Config:
+    """Decide what the configuration leaves to the GPUs' memory; everywhere the same.
+
+    Args:
+        config: the run, whose model is here.
+        device: of this process.
+        group: all processes.
+        directory: of the run; what an earlier part of it decided is kept.
+        mesh: those that share the base model, if they do.
+
+    Returns:
+        The run without `auto` in its micro-batch and its checkpointing.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    if not has_auto(config):
+        return config
+    memory, name = 0, "CPU"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory, name = properties.total_memory, properties.name
+    memory, name = min(group.gather((memory, name)))
+    settled = config
+    if group.is_main:
+        before = None
+        if directory.checkpoint is not None:
+            before = Settings.recorded(read_yaml(directory.path / "config.yaml"))
+        settled = settle(
+            config,
+            read_config_dict(resolve_model(config.model), config.model),
+            num_gpus=group.world_size,
+            memory_bytes=memory or None,
+            gpu_name=name,
+            num_shards=None if mesh is None else mesh.size(),
+            before=before,
+        )
+    return group.from_main(settled)
 
 
 def make_trainer(
@@ -133,8 +182,8 @@ def describe_run(config: Config, trainer: Trainer) -> str:
     accumulate = gradient_accumulation_steps(config, processes)
     return (
         f"{trainer.max_steps} steps = {trainer.schedule.epoch(trainer.max_steps):.2f} epochs; "
-        f"{data.global_batch_size} sequences per step = {data.micro_batch_size} per micro-batch x "
-        f"{accumulate} accumulated x {processes} process{'es' if processes > 1 else ''}"
+        f"{data.global_batch_size} sequences per step = {micro_batch_size(config)} per micro-batch "
+        f"x {accumulate} accumulated x {processes} process{'es' if processes > 1 else ''}"
     )
 
 

@@ -5,11 +5,13 @@ A mistake is refused in under a second, on a login node, with exit status 2.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
 import signal
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,20 @@ from lora_train import exit_status
 from lora_train.config import Config
 from lora_train.errors import EndedByAnother, LoraTrainError, UserError
 
-_BOOLEAN_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+_SWITCH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0", "auto"}
+# word -> module of lora_train.commands, which has a run(argv)
+_COMMANDS = {
+    "plan": "plan",
+    "preflight": "preflight",
+    "prefetch": "prefetch",
+    "sbatch": "sbatch",
+    "report": "report",
+    "eval": "evaluate",
+    "generate": "generate",
+    "merge": "merge",
+    "replay": "replay",
+    "verify-resume": "verify_resume",
+}
 _OVERRIDE = re.compile(r"^([\w.\[\]]+)\s*([-+*/|&]?=)(.*)$", re.DOTALL)
 
 
@@ -82,8 +97,8 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
         known = option in ("factory", "config") or len(candidates) == 1
         if not has_value and known:
             if len(candidates) == 1 and _is_switch(candidates[0]):
-                is_boolean = bool(waiting) and waiting[0].lower() in _BOOLEAN_WORDS
-                value = waiting.pop(0) if is_boolean else "true"
+                is_told = bool(waiting) and waiting[0].lower() in _SWITCH_WORDS
+                value = waiting.pop(0) if is_told else "true"
             elif _is_value(waiting):
                 value = waiting.pop(0)
             else:
@@ -144,7 +159,8 @@ def _is_value(waiting: list[str]) -> bool:
 def _is_switch(dotted: str) -> bool:
     from lora_train.config_loading import leaf_types
 
-    return leaf_types()[dotted] in (bool, bool | None)
+    annotation = leaf_types()[dotted]
+    return annotation is bool or bool in typing.get_args(annotation)
 
 
 def _prepare_imports() -> None:
@@ -239,18 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_imports()
     _stop_on_signals()
     try:
-        if words[:1] == ["generate"]:
-            from lora_train.commands import generate
-
-            return generate.run(words[1:])
-        if words[:1] == ["preflight"] and not {"-h", "--help"} & set(words):
-            from lora_train.commands import preflight
-
-            return preflight.run(words[1:])
-        if words[:1] == ["sbatch"]:
-            from lora_train.commands import sbatch
-
-            return sbatch.run(words[1:])
+        if words[:1] and words[0] in _COMMANDS:
+            name = _COMMANDS[words[0]]
+            command = importlib.import_module(f"lora_train.commands.{name}")
+            return int(command.run(words[1:]))
         if words[:1] == ["nemo"]:
             from lora_train.commands import nemo
 

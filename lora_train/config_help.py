@@ -16,9 +16,19 @@ from lora_train.exit_status import EXIT_STATUS_HELP
 
 _INTRODUCTION = """\
 usage: lora-train [--factory NAME] [--config FILE] [KEY=VALUE ...] [--dry-run]
-       lora-train preflight [the same words] [--json]
-       lora-train sbatch --gpus N [--time T] [--submit] -- [the same words]
-       lora-train generate RUN [--prompt TEXT]
+       lora-train COMMAND ...
+
+commands, each with its own --help:
+  plan           will it fit, how fast will it be: memory, tokens/s and GPU-hours, without a GPU
+  prefetch       on a node with network: fetch model and data, pinned and proven to load without it
+  preflight      check this machine for a run, and run nothing
+  sbatch         write or submit a batch script that fits this cluster
+  report         curves, speed, GPU use and job efficiency of one run or several, as a page
+  eval           loss, exact match and F1 of a run on other data
+  generate       talk to the result
+  merge          add the adapter into the base model, and prove that the result is the same
+  replay         do a run again from its receipt, and compare
+  verify-resume  prove on your configuration that stop and go on gives the same bits
 
 Fine-tune a large language model with LoRA: the base weights W stay frozen, only the low-rank
 update (alpha / dim) B A is trained. Writes a run directory with the adapter (plain PEFT format),

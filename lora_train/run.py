@@ -29,6 +29,7 @@ from lora_train.assembly import (
     make_accelerator,
     make_trainer,
     open_metrics,
+    settle_settings,
 )
 from lora_train.attention import check_isolation
 from lora_train.config import Config
@@ -44,12 +45,16 @@ from lora_train.device import (
 from lora_train.errors import LoraTrainError, RunError, UserError
 from lora_train.fusion import check_device, fuse_model
 from lora_train.logs import keep_log, start_log
+from lora_train.merge.model_card import write_adapter_card
 from lora_train.model import describe_model, load_base_model, load_tokenizer
 from lora_train.model_source import download_model, max_positions
 from lora_train.optimizer import warmup_steps
 from lora_train.progress import Progress
 from lora_train.ranks import Ranks
+from lora_train.receipts.machine import device_facts
+from lora_train.receipts.start import InputHashing, describe_start
 from lora_train.rendezvous import Group, is_consequence, join
+from lora_train.report.at_end import EndOfRun
 from lora_train.requeue import (
     TIME_LIMIT,
     Restarts,
@@ -92,12 +97,18 @@ def run(
     """
     problem = UserError("preflight refused this node; its findings stand above")
     group = join(ranks or Ranks(), problem if is_refused else None)
+    end_of_run = EndOfRun()
     try:
-        end = _run_together(config, argv, group)
+        end = _run_together(config, argv, group, end_of_run)
     except BaseException as error:
         group.fail(error)
+        end_of_run.failed(error)
         raise
     group.leave()
+    if end.job is None:  # else Slurm may end this before the job is queued again
+        end_of_run.ended(is_complete=end.status == exit_status.OK)
+    if end.summary is not None:
+        print_summary(Console(), end.summary)
     # with everything closed: where it works, Slurm ends the job at once
     return request_requeue(end.job) if end.job is not None else end.status
 
@@ -108,13 +119,19 @@ class _End(NamedTuple):
     status: int
     job: str | None = None
     """The Slurm job that is to be queued again, on the main process."""
+    summary: dict[str, Any] | None = None
+    """Of a complete run, on the main process."""
 
 
-def _run_together(config: Config, argv: Sequence[str], group: Group) -> _End:
+def _run_together(config: Config, argv: Sequence[str], group: Group, end_of_run: EndOfRun) -> _End:
     """Turn whatever goes wrong into an error that says how to go on."""
     console = Console(stderr=True)
     backlog = start_log(console, quiet=not group.is_main)
     directory = _open_together(config, group)
+    if group.is_main:
+        end_of_run.directory = directory
+        if group.watch is not None:
+            group.watch.before_end = end_of_run.failed_elsewhere
     try:
         with StopSignals() as stop:
             return _run(config, argv, directory, stop, console, backlog, group)
@@ -154,9 +171,7 @@ def _run(
     summary = group.from_main(directory.read_json("summary.json"))
     if summary is not None and group.from_main(is_finished(config, directory, summary)):
         log.info("%s is complete; --resume never trains a new one beside it", directory.path)
-        if group.is_main:
-            print_summary(Console(), summary)
-        return _End(exit_status.OK)
+        return _End(exit_status.OK, summary=summary if group.is_main else None)
 
     # data before the model: a mistake in it shows in seconds, a model may take minutes to load
     accelerator = make_accelerator(config, directory, group)
@@ -169,6 +184,7 @@ def _run(
     if group.world_size > 1:  # or all would download at once
         with group.main_first():
             download_model(config.model)
+    config = settle_settings(config, accelerator.device, group, directory, mesh)
     tokenizer = load_tokenizer(config.model)
     with group.main_first():
         data = prepare_data(config, tokenizer, max_positions=max_positions(config.model))
@@ -192,7 +208,7 @@ def _run(
         calibration_batches=calibration_batches(data, base),
         resume_from=directory.checkpoint.adapter if directory.checkpoint else None,
     )
-    if config.trainer.gradient_checkpointing:
+    if config.trainer.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     log.info("adapter: %s", trainable_summary(model))
@@ -213,26 +229,45 @@ def _run(
         trainer.restore(directory.checkpoint.read_state())
         log.info("going on from %s", directory.checkpoint.path)
     trainer.check_alike()
-    restarts = job = None
+    devices = group.gather(device_facts(accelerator.device))
+    restarts = job = hashing = None
     with group.main_first():  # the others read metrics.jsonl as it is then
         if group.is_main:
-            directory.record_start(config, argv, describe_device(accelerator.device))
+            receipt = describe_start(
+                config, argv, device=describe_device(accelerator.device), devices=devices,
+                step=trainer.step, tokens_hash=trainer.data_hash, sources=data.sources,
+            )  # fmt: skip
+            directory.record_start(config, receipt)
+            hashing = InputHashing(directory, config, data.sources)
             keep_log(backlog, directory.path / "train.log")
             restarts = Restarts(directory)
             restarts.started(trainer.step)
             job = job_to_requeue() if config.resume.requeue else None
             walltime.log_start()
+            directory.timeline.started(
+                directory.path,
+                trainer.step,
+                max_steps=trainer.max_steps,
+                num_processes=group.world_size,
+                num_nodes=group.ranks.num_nodes,
+                seconds_left=walltime.seconds_left,
+            )
     publish_run_directory(directory.path)
     stop.wait_for_step()
     try:
         is_done = _train_and_evaluate(
             config, directory, trainer, tokenizer, examples, stop, console
         )
-        return _end(config, directory, trainer, restarts, job, is_done=is_done)
+        end = _end(config, directory, trainer, restarts, job, is_done=is_done)
+        if hashing is not None and is_done:  # whoever stops a run waits for its end
+            hashing.wait()
+        return end
     finally:
         # not end_training(): it would wait for a group that may be broken
         for tracker in accelerator.trackers:
             tracker.finish()
+        if hashing is not None:
+            hashing.cancel()
 
 
 def _check_precision(group: Group, precision: PrecisionChoice) -> None:
@@ -272,7 +307,7 @@ def _train_and_evaluate(
         if not examples:  # the others have none
             return None
         log.info("answering %d held-out examples (%s training)", len(examples), when)
-        with accelerator.autocast():
+        with directory.timeline.phase("answers"), accelerator.autocast():
             report = answer_held_out(
                 trainer.model, tokenizer, examples,
                 max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size,
@@ -342,7 +377,11 @@ def _end(
     if is_done:
         if restarts is not None:
             restarts.ended(trainer.step, "complete", requeued=False)
-        return _End(exit_status.OK)
+        directory.timeline.ended("complete")
+        is_main = trainer.group.is_main
+        return _End(
+            exit_status.OK, summary=directory.read_json("summary.json") if is_main else None
+        )
     log.warning(
         "stopped (%s, %d/%d steps done); the same command goes on from %s%s",
         trainer.stop_reason,
@@ -362,6 +401,7 @@ def _end(
                 asks, why = False, "not queued again: cancelled, or Slurm does it by itself"
             log.info("%s", f"the job is queued again: {why}" if asks else f"the job is {why}")
         restarts.ended(trainer.step, reason, asks)
+        directory.timeline.ended(reason)
     asks = trainer.group.from_main(asks)  # srun tells the status of any task
     return _End(exit_status.REQUEUE if asks else exit_status.STOPPED, job if asks else None)
 
@@ -388,10 +428,11 @@ def _finish(
     examples: list[HeldOutExample],
     after: AnswerReport | None,
 ) -> None:
-    """Write the adapter and the summary, and show it."""
+    """Write the adapter and the summary."""
     unfinished = directory.path / ".adapter"
     shutil.rmtree(unfinished, ignore_errors=True)
     save_adapter(trainer.model, unfinished)
+    write_adapter_card(unfinished, config, directory.path)
     shutil.rmtree(directory.adapter, ignore_errors=True)
     unfinished.rename(directory.adapter)
     summary = make_summary(
@@ -403,7 +444,6 @@ def _finish(
         train_seconds=trainer.train_seconds,
     )
     directory.write_json("summary.json", summary)
-    print_summary(Console(), summary)
 
 
 def _open_together(config: Config, group: Group) -> RunDirectory:

@@ -1,7 +1,7 @@
 """The run directory: where it lies, whether it may be gone on with, and what it records of the run.
 
 runs/NAME/  config.yaml  environment.json  train.log  metrics.jsonl  checkpoints/  adapter/
-summary.json
+timeline.jsonl  summary.json  report.html  plots/
 """
 
 from __future__ import annotations
@@ -12,23 +12,18 @@ import errno
 import json
 import logging
 import os
-import platform
-import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_train import __version__
 from lora_train.checkpoint import Checkpoint, newest_complete
 from lora_train.config import Config
 from lora_train.config_loading import flatten, read_yaml, to_tree, to_yaml
 from lora_train.errors import UserError
 from lora_train.paths import dangling_link
+from lora_train.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +38,6 @@ _FIXED = (
 )  # fmt: skip
 # these say nothing about the steps
 _FREE = ("log.", "resume.", "trainer.devices", "trainer.num_nodes")
-_RECORDED_VARIABLES = ("SLURM_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
-_PACKAGES = (
-    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "datasets",
-    "tokenizers",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -58,6 +48,8 @@ class RunDirectory:
     checkpoint: Checkpoint | None
     lock: FileLock | None
     """Held by the main process; None on the others."""
+    timeline: Timeline = dataclasses.field(default_factory=Timeline)
+    """What the run's time goes into; records once it has `started`, on the main process."""
 
     @property
     def checkpoints(self) -> Path:
@@ -93,13 +85,12 @@ class RunDirectory:
             lock_file.unlink(missing_ok=True)
             self.path.rmdir()
 
-    def record_start(self, config: Config, argv: Sequence[str], device: str) -> None:
+    def record_start(self, config: Config, receipt: dict[str, Any]) -> None:
         """Write down what makes this run, and take back what an earlier part left unfinished.
 
         Args:
             config: the run's configuration.
-            argv: the command line.
-            device: what it computes on.
+            receipt: what `receipts.start.describe_start` returned; environment.json gets it.
         """
         # an end that is not the end any more; without a checkpoint, a start that was not this one's
         stale = ["summary.json", "answers_after.json"]
@@ -108,24 +99,11 @@ class RunDirectory:
         for name in stale:
             (self.path / name).unlink(missing_ok=True)
         self._write("config.yaml", to_yaml(config))
-        starts = self.read_json("environment.json") or []
-        starts.append(
-            {
-                "command": list(argv),
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "lora_train": __version__,
-                "python": sys.version.split()[0],
-                "packages": {name: _version(name) for name in _PACKAGES},
-                "device": device,
-                "host": platform.node(),
-                "variables": {
-                    name: value
-                    for name, value in sorted(os.environ.items())
-                    if name.startswith(_RECORDED_VARIABLES) and name != "SLURM_JWT"
-                },
-            }
-        )
-        self.write_json("environment.json", starts)
+        starts = None
+        with contextlib.suppress(ValueError):  # damaged: no run waits for its own history
+            starts = self.read_json("environment.json")
+        earlier = starts if isinstance(starts, list) else []
+        self.write_json("environment.json", [*earlier, receipt])
 
 
 def open_run_directory(config: Config) -> RunDirectory:
@@ -212,7 +190,7 @@ def _compare(config: Config, path: Path, checkpoint: Checkpoint) -> None:
     changed = [
         f"{key}: {before[key]} -> {now[key]}"
         for key in sorted(before.keys() & now.keys())
-        if before[key] != now[key] and not key.startswith(_FREE)
+        if before[key] != now[key] and now[key] != "auto" and not key.startswith(_FREE)
     ]
     contradicting = [line for line in changed if line.startswith(_FIXED)]
     if contradicting:
@@ -267,10 +245,3 @@ def _check_writable(path: Path) -> None:
             f"cannot write the run directory {path}: {error.strerror} ({folder})",
             hint="log.log_dir=FOLDER names one on project or scratch storage",
         ) from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_train.adapter import save_adapter
+from lora_train.batch_split import micro_batch_size
 from lora_train.checkpoint import delete_old, write_checkpoint
 from lora_train.config import Config
 from lora_train.data.batches import Batch, BatchSchedule, collate
@@ -67,6 +68,8 @@ class StepResult:
     learning_rate: float
     tokens: int
     supervised_tokens: int
+    attended_keys: int
+    """Over all tokens, the keys that each attends to."""
     max_memory_allocated_bytes: int
     """Most on any GPU since the start, in whole MiB; 0 on CPUs."""
 
@@ -186,7 +189,13 @@ class Trainer:
         self.step += 1
         tokens = sum(batch.input_ids.numel() for batch in batches)
         return StepResult(
-            loss_value, norm_value, learning_rate, tokens, supervised, round(max(mebibytes)) << 20
+            loss=loss_value,
+            grad_norm=norm_value,
+            learning_rate=learning_rate,
+            tokens=tokens,
+            supervised_tokens=supervised,
+            attended_keys=sum(batch.attended_keys for batch in batches),
+            max_memory_allocated_bytes=round(max(mebibytes)) << 20,
         )
 
     def _global_batch(self, step: int) -> list[Batch]:
@@ -195,7 +204,7 @@ class Trainer:
         if self._next_batches is not None and self._next_batches[0] == step:
             return self._next_batches[1]
         pack_ids = self.schedule.pack_ids(step)
-        size = self.config.data.micro_batch_size
+        size = micro_batch_size(self.config)
         return [
             collate(self.data.train, self.data.train_packs, pack_ids[start : start + size])
             for start in range(0, len(pack_ids), size)
@@ -239,7 +248,7 @@ class Trainer:
         packs, examples = self.data.validation_packs, self.data.validation
         if packs is None or examples is None or self.config.trainer.limit_val_batches == 0:
             return None
-        accelerator, size = self.accelerator, self.config.data.micro_batch_size
+        accelerator, size = self.accelerator, micro_batch_size(self.config)
         ids = np.arange(len(packs))
         rows = [ids[start : start + size] for start in range(0, len(ids), size)]
         if self.config.trainer.limit_val_batches is not None:
@@ -303,7 +312,8 @@ class Trainer:
         while True:
             due = self.step % validate_every == 0 or self.step == self.max_steps
             if due and self.step not in metrics.validated:
-                validation = self.validate(stop)
+                with run_directory.timeline.phase("validation"):
+                    validation = self.validate(stop)
                 if validation is not None:
                     metrics.write(self.step, validation)
                     progress.validated(self.step, validation["val_loss"])
@@ -333,6 +343,7 @@ class Trainer:
             seconds = time.perf_counter() - begun
             self.train_seconds += seconds
             self.walltime.step_done(seconds)
+            run_directory.timeline.step_done(self.step, seconds)
             self._report(result, seconds, metrics, progress)
             log_count()  # after the first step of this process, once
             if (save_every and self.step % save_every == 0) or self.step == self.max_steps:
@@ -348,6 +359,7 @@ class Trainer:
             "epoch": self.schedule.epoch(self.step),
             "tokens": result.tokens,
             "supervised_tokens": result.supervised_tokens,
+            "attended_keys": result.attended_keys,
             "step_time_seconds": seconds,
             "tokens_per_second": result.tokens / seconds,
         }
@@ -391,7 +403,11 @@ class Trainer:
         begun = time.perf_counter()
         self.check_alike()
         random_states = gather_object([random_before or random_state()])
-        with self.group.saving(), self.group.main_first():
+        with (
+            run_directory.timeline.phase("checkpoint"),
+            self.group.saving(),
+            self.group.main_first(),
+        ):
             if self.group.is_main:
                 self._write(run_directory, random_states)
         self.walltime.save_done(time.perf_counter() - begun)
@@ -402,7 +418,7 @@ class Trainer:
         Raises:
             RunError: they differ; names the processes.
         """
-        check_alike(self.group, self.step, self._data_hash, list(self.trainable.values()))
+        check_alike(self.group, self.step, self.data_hash, list(self.trainable.values()))
 
     def _write(self, run_directory: RunDirectory, random_states: list[dict[str, Any]]) -> None:
         state = {
@@ -410,7 +426,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "optimizer": self.optimizer.state_dict(),
             "random": random_states,
-            "data": self._data_hash,
+            "data": self.data_hash,
         }
         try:
             newest = write_checkpoint(
@@ -440,7 +456,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint was trained on other examples or packs.
         """
-        if state["data"] != self._data_hash:
+        if state["data"] != self.data_hash:
             raise UserError(
                 f"the training data is not what the checkpoint of step {state['step']} was "
                 "trained on: rows, tokenizer or packing changed",
@@ -460,7 +476,8 @@ class Trainer:
             )
 
     @functools.cached_property
-    def _data_hash(self) -> str:
+    def data_hash(self) -> str:
+        """Hash of the training tokens, labels and packs."""
         return hash_of_data(self.data)
 
 
@@ -476,9 +493,9 @@ def memory_hint(config: Config, num_processes: int) -> str:
     """
     options = []
     is_sharded = config.trainer.strategy == "fsdp2"
-    if config.data.micro_batch_size > 1:
+    if micro_batch_size(config) > 1:
         options.append("data.micro_batch_size=1 (the same result, less memory)")
-    if not config.trainer.gradient_checkpointing:
+    if config.trainer.gradient_checkpointing is not True:
         options.append("trainer.gradient_checkpointing=true")
     if config.model.quantization is None:
         if num_processes > 1 and not is_sharded:

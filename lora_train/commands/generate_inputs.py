@@ -60,32 +60,14 @@ def find_source(options: argparse.Namespace) -> Source:
 
 
 def _run_source(run_folder: Path) -> Source:
-    from lora_train.checkpoint import newest_complete
-    from lora_train.config_loading import resolve
+    from lora_train.recorded_run import read_run
 
-    config_file = run_folder / "config.yaml"
-    if not config_file.is_file():
-        what = "has no config.yaml" if run_folder.is_dir() else "does not exist"
-        siblings = run_folder.parent.glob("*/config.yaml") if run_folder.parent.is_dir() else []
-        runs = ", ".join(sorted(str(each.parent) for each in siblings))
-        raise UserError(
-            f"run directory {run_folder} {what}",
-            hint=f"runs here: {runs}" if runs else "`lora-train` makes one under runs/",
-        )
-    config = resolve(config_file=config_file)
-    adapter = run_folder / "adapter"
-    if not (adapter / "adapter_config.json").is_file():
-        checkpoint = newest_complete(run_folder / "checkpoints")
-        if checkpoint is None:
-            raise UserError(
-                f"{run_folder} has neither an adapter nor a complete checkpoint yet",
-                hint="give the run's command again to go on with it",
-            )
-        print(f"the run is not finished: adapter of step {checkpoint.step}", file=sys.stderr)
-        adapter = checkpoint.adapter
-    summary_file = run_folder / "summary.json"
-    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
-    return Source(config.model, config.trainer.precision, adapter, summary.get("system"))
+    run = read_run(run_folder)
+    adapter, step = run.adapter()
+    if step is not None:
+        print(f"the run is not finished: adapter of step {step}", file=sys.stderr)
+    summary = run.read_json("summary.json") or {}
+    return Source(run.config.model, run.config.trainer.precision, adapter, summary.get("system"))
 
 
 def read_prompts(file: Path) -> list[list[dict[str, Any]]]:

@@ -167,7 +167,9 @@ class TestGrammar:
 
     def test_switch_without_a_value(self) -> None:
         config = config_of("--gradient-checkpointing", "--max-steps", "3")
-        assert config.trainer.gradient_checkpointing and config.trainer.max_steps == 3
+        assert config.trainer.gradient_checkpointing is True and config.trainer.max_steps == 3
+        config = config_of("--gradient-checkpointing", "auto", "--max-steps", "3")
+        assert config.trainer.gradient_checkpointing == "auto" and config.trainer.max_steps == 3
 
     def test_text_keys_keep_numbers_as_text(self) -> None:
         assert config_of("log.name=007").log.name == "007"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -540,10 +541,17 @@ class TestRunDirectory:
     def test_what_is_recorded(self, config_of: Callable[..., Config], tmp_path: Path) -> None:
         from lora_train.config_loading import resolve
 
-        config = config_of("--max-steps", "2")
+        config = config_of("--max-steps", "2", "data.micro_batch_size=auto")
+        assert config.trainer.gradient_checkpointing == "auto"
         assert run(config, argv=["lora-train", "--max-steps", "2"]) == 0
         folder = tmp_path / "runs" / "tiny"
-        assert resolve(config_file=folder / "config.yaml") == config
+        # what was left to the machine stands there as it was settled
+        settled = dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, micro_batch_size=1),
+            trainer=dataclasses.replace(config.trainer, gradient_checkpointing=False),
+        )
+        assert resolve(config_file=folder / "config.yaml") == settled
         [environment] = json.loads((folder / "environment.json").read_text())
         assert environment["command"] == ["lora-train", "--max-steps", "2"]
         assert environment["packages"]["torch"] == metadata.version("torch")
