@@ -171,7 +171,7 @@ def _draw_curves(axes: Axes, plot: Plot, palette: Palette, *, has_legend: bool) 
     if not plot.is_log:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         # its own way, a factor above the axis, would stand where the legend does
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.5g}".replace("e-0", "e-"))
+        axes.yaxis.set_major_formatter(lambda value, _: _tick(value))
     if plot.marks:
         axes.plot(
             plot.marks, np.zeros(len(plot.marks)), "|", color=palette.text, markersize=6,
@@ -187,6 +187,10 @@ def _draw_curves(axes: Axes, plot: Plot, palette: Palette, *, has_legend: bool) 
             borderaxespad=0.2, borderpad=0, handlelength=1.2, columnspacing=1, handletextpad=0.4,
             fontsize=7, labelcolor=palette.muted,
         )  # fmt: skip
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:,.5g}".replace("e-0", "e-")
 
 
 def _legend_columns(labels: list[str]) -> int:
