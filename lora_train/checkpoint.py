@@ -7,7 +7,6 @@ other file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_train.errors import UserError
+from lora_train.paths import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def write_checkpoint(
         manifest = {
             str(path.relative_to(unfinished)): {
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": sha256_of(path),
             }
             for path in files
         }
@@ -180,14 +180,9 @@ def _fault(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if sha256_of(file) != expected["sha256"]:
             return f"{name} was changed after it was written (SHA-256 differs)"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import logging
 import os
 import re
@@ -321,11 +320,9 @@ def _nearest(path: Path) -> str:
 def _converted(gguf_file: Path) -> Path:
     """Return the Hugging Face folder made from a GGUF file, making it if absent."""
     from lora_train.gguf_conversion import gguf_to_hf
-    from lora_train.paths import atomic_folder, cache_dir
+    from lora_train.paths import atomic_folder, cache_dir, sha256_of
 
-    with gguf_file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache_dir() / "gguf" / digest
+    folder = cache_dir() / "gguf" / sha256_of(gguf_file)
     if not folder.is_dir():
         logger.info("converting %s to bf16 safetensors in %s", gguf_file, folder)
         try:

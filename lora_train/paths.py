@@ -1,6 +1,7 @@
-"""The cache folder; how folders and files appear, whole or not at all; links that lead nowhere."""
+"""The cache folder; files and folders that appear whole or not at all; hashes; dead links."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
@@ -38,6 +39,22 @@ def dangling_link(path: Path) -> Path | None:
     return next(
         (each for each in (path, *path.parents) if each.is_symlink() and not each.exists()), None
     )
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits.
+
+    Args:
+        file: to be read whole.
+
+    Returns:
+        64 digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

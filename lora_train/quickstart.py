@@ -8,7 +8,6 @@ folder with their licence and a PROVENANCE.json.
 
 import contextlib
 import errno
-import hashlib
 import importlib.resources
 import json
 import logging
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_train.errors import UserError
-from lora_train.paths import atomic_folder, cache_dir
+from lora_train.paths import atomic_folder, cache_dir, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -267,8 +266,7 @@ def _download_error(requirement: str, pip_output: str) -> UserError:
 
 
 def _check_sha256(file: Path, expected: str) -> None:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256_of(file)
     if found != expected:
         raise UserError(f"{file.name} has sha256 {found}, expected {expected}")
 

@@ -173,6 +173,7 @@ class Trainer:
             self.optimizer.found_inf = 1 - is_finite.float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self._next_batches = (self.step + 1, self._global_batch(self.step + 1))
+        attended_keys = sum(batch.attended_keys for batch in batches)
         with self.group.waiting():
             norm_value, loss_value, *mebibytes = torch.cat([norm[None], sums]).tolist()
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
@@ -194,7 +195,7 @@ class Trainer:
             learning_rate=learning_rate,
             tokens=tokens,
             supervised_tokens=supervised,
-            attended_keys=sum(batch.attended_keys for batch in batches),
+            attended_keys=attended_keys,
             max_memory_allocated_bytes=round(max(mebibytes)) << 20,
         )
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +23,7 @@ from lora_train.evaluation.rows import EvaluationRows, Questions, render_rows
 from lora_train.evaluation.subject import Subject, load_subject
 from lora_train.model import load_tokenizer
 from lora_train.model_source import max_positions
+from lora_train.paths import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,7 @@ def evaluate(request: Request, console: Console) -> dict[str, Any] | None:
     }
     before = read_summary(files.summary) or {}
     is_same = before.get("fingerprint") == fingerprint
-    if is_same and files.rows.exists() and before["rows_sha256"] == _sha256(files.rows):
+    if is_same and files.rows.exists() and before["rows_sha256"] == sha256_of(files.rows):
         logger.info("this was evaluated before; remove %s to do it again", files.summary)
         return {**before, "rows_file": str(files.rows)}
 
@@ -132,7 +131,7 @@ def evaluate(request: Request, console: Console) -> dict[str, Any] | None:
             "precision": fingerprint["precision"],
             "device": describe_device(device),
             "rows_file": str(files.rows),
-            "rows_sha256": _sha256(files.rows),
+            "rows_sha256": sha256_of(files.rows),
             "seconds": round(time.monotonic() - begun, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "lora_train": __version__,
@@ -163,11 +162,6 @@ def _measure(
         loaded, subject.variants, rows, journal, console,
         max_new_tokens=request.max_new_tokens, batch_size=request.batch_size,
     )  # fmt: skip
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _counts(journal: Journal) -> str:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_train.paths import atomic_file
 from lora_train.prefetch.manifest import of_bundle
 from lora_train.quickstart import MODEL_REFERENCE
 
@@ -97,6 +98,6 @@ def write_base_name(adapter: Path, base: BaseName) -> None:
     file = adapter / "adapter_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": base.name, "revision": base.revision}
-    unfinished = adapter / f".{file.name}"
-    unfinished.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    with atomic_file(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -14,19 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_train.plan.shape import Group, Shape
-from lora_train.plan.tape import Tape
+from lora_train.plan.tape import (
+    ADAPTER,
+    COPIES,
+    GRADIENTS,
+    KEPT,
+    LOGITS,
+    OPTIMIZER,
+    OTHER,
+    WEIGHTS,
+    WORKING,
+    Tape,
+)
 from lora_train.plan.unfused import walk_unfused
-
-WEIGHTS = "frozen weights"
-COPIES = "kernels' working copies"
-ADAPTER = "adapter (fp32)"
-OPTIMIZER = "optimizer states"
-GRADIENTS = "gradients"
-KEPT = "activations kept"
-WORKING = "activations in use"
-LOGITS = "logits"
-OTHER = "cuBLAS workspace, batch"
-PARTS = (WEIGHTS, COPIES, ADAPTER, OPTIMIZER, GRADIENTS, KEPT, WORKING, LOGITS, OTHER)
 
 # CUBLAS_WORKSPACE_CONFIG=:4096:8, which deterministic runs set, and as much that cuBLASLt takes
 # beside it, measured on an H100

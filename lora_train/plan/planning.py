@@ -20,9 +20,10 @@ from lora_train.plan.fitting import (
     least_of,
     unmeasured,
 )
-from lora_train.plan.memory import KEPT, PARTS, Step, walk
+from lora_train.plan.memory import Step, walk
 from lora_train.plan.settling import spec_or_default
 from lora_train.plan.speed import StepTime, step_time
+from lora_train.plan.tape import KEPT, PARTS
 
 
 @dataclass(frozen=True)

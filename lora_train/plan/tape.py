@@ -5,6 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+# what a step needs memory for
+WEIGHTS = "frozen weights"
+COPIES = "kernels' working copies"
+ADAPTER = "adapter (fp32)"
+OPTIMIZER = "optimizer states"
+GRADIENTS = "gradients"
+KEPT = "activations kept"
+WORKING = "activations in use"
+LOGITS = "logits"
+OTHER = "cuBLAS workspace, batch"
+PARTS = (WEIGHTS, COPIES, ADAPTER, OPTIMIZER, GRADIENTS, KEPT, WORKING, LOGITS, OTHER)
+
 # sizes that torch's allocator rounds up to
 _BLOCK = 512
 

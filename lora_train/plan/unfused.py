@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_train.plan.tape import Tape
+from lora_train.plan.tape import GRADIENTS, KEPT, LOGITS, WORKING, Tape
 
 if TYPE_CHECKING:
     from lora_train.plan.memory import Step
-
-KEPT = "activations kept"
-WORKING = "activations in use"
-LOGITS = "logits"
-GRADIENTS = "gradients"
 
 
 def walk_unfused(tape: Tape, step: Step) -> None:

@@ -20,9 +20,9 @@ from lora_train.data.hub_dataset import dataset_error, keep_reference, notes_fil
 from lora_train.data.split_notes import NOTES
 from lora_train.errors import UserError
 from lora_train.model_source import loading_error
-from lora_train.paths import atomic_file
+from lora_train.paths import atomic_file, sha256_of
 from lora_train.prefetch.contents import ROLES, Part, RemoteFile, unreachable_or
-from lora_train.prefetch.manifest import NAME, Fetched, FileEntry, hash_file, is_manifest, paths_in
+from lora_train.prefetch.manifest import NAME, Fetched, FileEntry, is_manifest, paths_in
 from lora_train.preflight.findings import in_bytes
 from lora_train.preflight.folders import existing_parent, free_bytes
 from lora_train.preflight.hub import hub_cache
@@ -136,7 +136,7 @@ def _survey(part: Part, bundle: Path | None) -> _Survey:
         path, file = next(iter(part.local.items()))
         survey = _Survey(part, file.absolute().parents[len(Path(path).parts) - 1])
         for path, file in part.local.items():
-            survey.whole[path] = FileEntry(path, file.stat().st_size, hash_file(file))
+            survey.whole[path] = FileEntry(path, file.stat().st_size, sha256_of(file))
         return survey
     survey = _Survey(part, bundle / part.role if bundle else _snapshot(part))
     if any((survey.folder / remote.path).is_file() for remote in part.remote):
@@ -153,8 +153,8 @@ def _survey(part: Part, bundle: Path | None) -> _Survey:
     for path, source in part.local.items():
         file = survey.folder / path
         if file.is_file() and file.stat().st_size == source.stat().st_size:
-            digest = hash_file(source)
-            if hash_file(file) == digest:
+            digest = sha256_of(source)
+            if sha256_of(file) == digest:
                 survey.whole[path] = FileEntry(path, file.stat().st_size, digest)
                 continue
         survey.uncopied.append(path)
@@ -256,7 +256,7 @@ def _note_splits(survey: _Survey, bundle: Path | None) -> None:
         return
     file = survey.folder / NOTES
     notes.write(file)
-    survey.whole[NOTES] = FileEntry(NOTES, file.stat().st_size, hash_file(file))
+    survey.whole[NOTES] = FileEntry(NOTES, file.stat().st_size, sha256_of(file))
 
 
 def _fetched(survey: _Survey, bundle: Path | None) -> Fetched:
@@ -282,7 +282,7 @@ def _snapshot(part: Part) -> Path:
 def _copy(source: Path, destination: Path, path: str) -> FileEntry:
     with atomic_file(destination) as unfinished:
         shutil.copyfile(source, unfinished)
-    return FileEntry(path, destination.stat().st_size, hash_file(destination))
+    return FileEntry(path, destination.stat().st_size, sha256_of(destination))
 
 
 def _remove(file: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_train.errors import UserError
-from lora_train.paths import atomic_file
+from lora_train.paths import atomic_file, sha256_of
 
 # of a bundle, in its folder
 NAME = "manifest.json"
@@ -144,7 +144,7 @@ def check_files(manifest: Manifest, place: Path) -> list[str]:
         folder = folder_of(fetched, place)
         for file in fetched.files:
             wrong = _size_problem(folder / file.path, file.size)
-            if wrong is None and hash_file(folder / file.path) != file.sha256:
+            if wrong is None and sha256_of(folder / file.path) != file.sha256:
                 wrong = "was changed: its sha256 is another"
             if wrong is not None:
                 found.append(f"{folder / file.path} {wrong}")
@@ -226,12 +226,6 @@ def paths_in(folder: Path, known: set[str]) -> list[str]:
         for path in _walk(folder)
         if path not in known and not any(part.startswith(".") for part in Path(path).parts)
     )
-
-
-def hash_file(file: Path) -> str:
-    """Return the sha256 of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -7,7 +7,6 @@ blob is the hash.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from lora_train.paths import cache_dir
+from lora_train.paths import atomic_file, cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -99,15 +98,11 @@ class FileHashes:
             known.pop(path, None)
             known[path] = entry
         kept = dict(list(known.items())[-_MAX_ENTRIES:])
-        unfinished = self._file.with_name(f".{self._file.name}-{os.uname().nodename}-{os.getpid()}")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps(kept), encoding="utf-8")
-            unfinished.replace(self._file)
+            with atomic_file(self._file) as unfinished:
+                unfinished.write_text(json.dumps(kept), encoding="utf-8")
         except OSError as error:
             log.debug("cannot keep the hashes of files in %s: %s", self._file, error)
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
             return
         self._new, self._unsaved_bytes = {}, 0
 

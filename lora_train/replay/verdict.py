@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from lora_train.errors import RunError
 from lora_train.metrics import read_metrics
+from lora_train.paths import sha256_of
 from lora_train.receipts.differences import Difference
 from lora_train.replay.run_comparison import ADAPTER_FILE, Curve, compare_adapters, compare_curves
 
@@ -110,14 +110,9 @@ def compare(
     if with_adapters:
         folders = (first / "adapter", second / "adapter")
         # one file is what the other is, in most cases: no need of torch
-        if len({_sha256(folder / ADAPTER_FILE) for folder in folders}) > 1:
+        if len({sha256_of(folder / ADAPTER_FILE) for folder in folders}) > 1:
             adapter = compare_adapters(*folders) or "other bytes around the same tensors"
     return Comparison(num_steps, curves, adapter, with_adapters, differences, has_receipt)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def print_comparison(console: Console, comparison: Comparison, notes: Sequence[str]) -> None:

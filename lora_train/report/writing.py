@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_train.errors import UserError
+from lora_train.paths import atomic_file
 from lora_train.report.drawing import to_png
 from lora_train.report.findings import Findings
 from lora_train.report.page import render
@@ -44,10 +45,5 @@ def write_report(runs: list[Findings], folder: Path) -> Path:
 
 
 def _write(file: Path, content: bytes) -> None:
-    unfinished = file.with_name(f".{file.name}")
-    try:
+    with atomic_file(file) as unfinished:
         unfinished.write_bytes(content)
-        unfinished.replace(file)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
